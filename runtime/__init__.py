@@ -1,0 +1,1 @@
+"""What exists while the program runs: dialect ops, sharded parameters, agreement between ranks."""

@@ -1,0 +1,372 @@
+"""The one door to torch's private API.
+
+Everything autodist uses that torch does not promise is imported here, nowhere else; each name has a test
+in ``tests/test_compat.py`` that fails loudly when it moves or changes its signature. Supported: torch
+2.11 and newer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.types import FrameAction, FrameExecStrategy
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import detect_fake_mode
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._logging import trace_structured
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = [
+    "CustomPartitionerFn",
+    "FakeTensor",
+    "FakeTensorMode",
+    "aot_autograd",
+    "compile_fx",
+    "compile_fx_inner",
+    "detect_fake_mode",
+    "min_cut_rematerialization_partition",
+    "trace_structured",
+]
+
+
+# --- process groups --------------------------------------------------------------------------------
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group a functional collective's group name stands for."""
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def group_size(name: str) -> int:
+    return process_group(name).size()
+
+
+def group_rank(name: str) -> int:
+    return process_group(name).rank()
+
+
+def group_ranks(name: str) -> list[int]:
+    """Global ranks of a group, in group order."""
+    return dist.get_process_group_ranks(process_group(name))
+
+
+def default_store() -> dist.Store:
+    """The key-value store the default process group was made with."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def mesh_group_name(mesh: DeviceMesh) -> str:
+    """The functional-collective name of a one-dimensional mesh's group."""
+    return mesh.get_group().group_name
+
+
+def set_group_timeout(group: dist.ProcessGroup, seconds: float) -> None:
+    """Bound how long a collective of ``group`` may wait for its peers.
+
+    Collectives started from now on obey it, functional ones too. The group of a mesh over all
+    ranks is the default group itself, so its other users are bounded as well. Where groups are
+    wrapped for debugging (TORCH_DISTRIBUTED_DEBUG=DETAIL), torch warns and bounds nothing.
+    """
+    # torch 2.15 made this public and warns about the old name.
+    setter = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    setter(timedelta(seconds=seconds), group)
+
+
+def second_store_handle(store: dist.Store, seconds: float) -> dist.Store:
+    """A handle on the same store for another thread, whose operations give up after ``seconds``.
+
+    It has its own connection (TCPStore) or file position (FileStore), so a blocking wait on
+    ``store`` does not hold it up, and its timeout is its own. A HashStore lives in one process and
+    is its own second handle; its timeout is left alone.
+    """
+    handle = store.clone()  # type: ignore[attr-defined]
+    bottom = handle
+    if isinstance(handle, dist.PrefixStore):
+        bottom = handle._underlying_non_prefix_store  # type: ignore[attr-defined]
+    if not isinstance(bottom, dist.HashStore):
+        handle.set_timeout(timedelta(seconds=seconds))
+    return handle
+
+
+# --- Dynamo ----------------------------------------------------------------------------------------
+
+
+def dynamo_frame_locals() -> dict[str, Any]:
+    """Locals of the outermost frame Dynamo is tracing; empty when it is not tracing."""
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:
+        return {}
+    return dict(translator.output.root_tx.f_locals)
+
+
+def python_frames() -> Iterator[Any]:
+    """Python frames on the stack, outermost first."""
+    frames = [frame for frame, _ in traceback.walk_stack(None)]
+    return reversed(frames)  # type: ignore[return-value]
+
+
+def retrace() -> None:
+    """Called inside a Dynamo backend: forget this trace and trace the frame again.
+
+    Never returns. The exception is Dynamo's own for restarting an analysis; it passes through the
+    backend call unwrapped and is caught by the frame converter.
+    """
+    InstructionTranslator.current_tx().output.root_tx.speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis
+
+
+def placeholder_index(node: torch.fx.Node) -> int | None:
+    """Which input of the captured function an AOTAutograd placeholder stands for.
+
+    None for placeholders that are not inputs of the captured function (tangents, effect tokens).
+    """
+    descriptor = node.meta.get("desc")
+    while hasattr(descriptor, "base"):
+        descriptor = descriptor.base
+    return getattr(descriptor, "idx", None) if type(descriptor).__name__ == "PlainAOTInput" else None
+
+
+# --- compilers -------------------------------------------------------------------------------------
+
+
+def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give ``function`` the calling convention AOTAutograd uses: one list, emptied by the callee."""
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(function)
+
+
+def inductor_mode_options(mode: str | None) -> dict[str, Any]:
+    """The Inductor options a ``torch.compile(mode=...)`` stands for."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode)) if mode else {}
+
+
+def inductor_modes() -> list[str]:
+    from torch._inductor import list_mode_options
+
+    return sorted(list_mode_options())
+
+
+@contextlib.contextmanager
+def functorch_patch(**options: Any) -> Iterator[None]:
+    with torch._functorch.config.patch(**options):  # type: ignore[attr-defined]
+        yield
+
+
+def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
+    """The fake mode that made any of ``values``."""
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+def size_hint(size: Any, default: int = 1) -> int:
+    """A size as a number: symbolic sizes at the value they had when traced."""
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint if size.node.has_hint() else None
+        return default if hint is None else int(hint)
+    return int(size)
+
+
+
+
+def is_fake_group(name: str) -> bool:
+    """Whether a group belongs to the fake backend, whose collectives do nothing."""
+    return dist.get_backend(process_group(name)) == "fake"
+
+
+def compiled_module(candidate: Any) -> torch.nn.Module | None:
+    """The module a ``torch.compile`` region belongs to, given a ``self`` found on the stack.
+
+    ``torch.compile(model)`` runs through an ``OptimizedModule``; ``model.compile()`` leaves its compiled
+    call on the module itself.
+    """
+    if isinstance(candidate, torch._dynamo.OptimizedModule):
+        return candidate._orig_mod
+    if isinstance(candidate, torch.nn.Module) and candidate._compiled_call_impl is not None:
+        return candidate
+    return None
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def checkpoint_paths(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
+    """Where each flat key of a checkpoint lies in the nested dictionary that was saved."""
+    nested = metadata.planner_data or {}
+    return {key: tuple(nested.get(key, (key,))) for key in metadata.state_dict_metadata}
+
+
+def checkpoint_extents(metadata: Metadata) -> dict[str, int]:
+    """Bytes each data file of a checkpoint has at least, by its path below the checkpoint's."""
+    extents: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        end = place.offset + place.length
+        extents[place.relative_path] = max(end, extents.get(place.relative_path, 0))
+    return extents
+
+
+def move_checkpoint_files(metadata: Metadata, folder: str) -> Metadata:
+    """The same checkpoint seen from one folder up: its data files lie in ``folder``."""
+    moved = {
+        index: dataclasses.replace(place, relative_path=f"{folder}/{place.relative_path}")
+        for index, place in metadata.storage_data.items()
+    }
+    return dataclasses.replace(metadata, storage_data=moved)
+
+
+def load_checkpoint_keys(path: str, keys: set[str]) -> dict[str, Any]:
+    """The values under dotted ``keys`` of the checkpoint at ``path``, nested as they were saved.
+
+    A collective: every rank reads all of them.
+    """
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    return _load_state_dict_from_keys(keys, checkpoint_id=path)
+
+
+def compile_backend(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """The backend function a module was compiled with, or None."""
+    wrapped = _asked_backend(module)
+    return getattr(wrapped, "compiler_fn", wrapped)
+
+
+def compile_options(module: torch.nn.Module) -> Any:
+    """The ``options`` a module was compiled with, or None."""
+    return getattr(_asked_backend(module), "kwargs", {}).get("options")
+
+
+def _asked_backend(module: torch.nn.Module) -> Any:
+    """What ``torch.compile`` made of its arguments: a function, or an object that binds options to one."""
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        wrapped: Any = module.dynamo_ctx.callback
+    else:
+        cells = getattr(module._compiled_call_impl, "__closure__", None) or ()
+        contents = (cell.cell_contents for cell in cells)
+        wrapped = next((c for c in contents if hasattr(c, "_torchdynamo_orig_backend")), None)
+    while hasattr(wrapped, "_torchdynamo_orig_backend"):
+        wrapped = wrapped._torchdynamo_orig_backend
+    return wrapped
+
+
+# --- memory and costs ------------------------------------------------------------------------------
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """What tensors that share memory have in common; unique among tensors that are alive."""
+    return tensor.untyped_storage()._cdata
+
+
+def flop_formula(target: Any) -> Callable[..., Any] | None:
+    """torch's own count of an operator's floating-point operations.
+
+    Called with the operator's arguments, sizes in place of tensors, and ``out_val``, its result's sizes.
+    None where torch has no formula, or one that cannot do with sizes alone.
+    """
+    from torch.utils.flop_counter import flop_registry
+
+    formula = flop_registry.get(getattr(target, "overloadpacket", target))
+    return formula if hasattr(formula, "__wrapped__") else None
+
+
+def is_mutating(target: Any) -> bool:
+    """Whether an operator writes to one of its arguments."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+# --- what a graph's nodes hold ---------------------------------------------------------------------
+
+
+def operator_arguments(target: Any) -> list[tuple[str, str]]:
+    """(name, kind) of each argument an operator declares; nothing for a plain Python function.
+
+    Kinds are TorchScript's, seen through optionals and lists: ``IntType`` for a declared ``int``,
+    ``SymIntType`` for ``SymInt`` (a size), ``TensorType``, ``NumberType``, ...
+    """
+
+    def kind(declared: Any) -> str:
+        while hasattr(declared, "getElementType"):
+            declared = declared.getElementType()
+        return declared.kind()
+
+    if not isinstance(target, torch._ops.OpOverload):
+        return []
+    return [(a.name, kind(a.real_type)) for a in target._schema.arguments]
+
+
+def symbolic_expression(value: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
+    """The sympy expression a symbolic number stands for."""
+    return value.node.expr
+
+
+def not_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep Dynamo from compiling ``function`` as a program of its own.
+
+    Inside a captured program it is traced as ever. In a frame that Dynamo has given up on, the functions
+    called, and what they call, would each be captured: a graph for every read of a weight.
+    """
+    strategy = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
+def emitted_program(compiled: Any) -> str:
+    """The Python wrapper Inductor emitted, given what ``compile_fx_inner`` returned."""
+    return compiled.source_code
+
+
+# --- showing what was done -------------------------------------------------------------------------
+
+
+def structured_trace_enabled() -> bool:
+    """Whether torch's structured trace (``TORCH_TRACE=DIR``, read by tlparse) is written."""
+    from torch._logging._internal import LazyTraceHandler, trace_log
+
+    # torch installs its handler always; without a folder it writes nothing.
+    writers = (h for h in trace_log.handlers if isinstance(h, LazyTraceHandler))
+    return any(h.root_dir is not None for h in writers)
+
+
+def gradient_index(descriptor: Any) -> int | None:
+    """Which input of the captured function a backward output is the gradient of.
+
+    ``descriptor`` is one of AOTAutograd's, from ``meta["desc"]`` of the output node; None for others.
+    """
+    while hasattr(descriptor, "base"):
+        descriptor = descriptor.base
+    return getattr(getattr(descriptor, "grad_of", None), "idx", None)
+
+
+@contextlib.contextmanager
+def fake_ranks(count: int) -> Iterator[None]:
+    """Be the first of ``count`` ranks that do not exist: collectives return at once, without data."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def needs_data(error: BaseException) -> bool:
+    """Whether an operator failed because a fake tensor has no values."""
+    from torch._subclasses import fake_tensor
+
+    kinds = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
+    return isinstance(error, kinds)

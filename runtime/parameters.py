@@ -1,0 +1,246 @@
+"""Sharded parameters: what a model's attributes become when it is prepared.
+
+A prepared module holds ``nn.Parameter(DTensor)`` under the original names. Its class gains a property for
+each, so that *reading* a weight (``self.weight`` in a forward, in a hook, in user code) yields the whole
+tensor through :func:`unshard`, and the optimizer, ``named_parameters`` and ``state_dict`` see the shard.
+
+Reading is the same in eager mode (it gathers, there and then) and under Dynamo (it becomes one graph
+node); where gathers really stand in a compiled program is decided by the passes, not here.
+
+Invariants:
+- one parameter object stays one object: a parameter used by several modules becomes one DTensor used by
+  the same modules;
+- a stale reference is loud: the plain parameter that was replaced raises on any use
+  (:class:`MovedParameter`), so nothing can train a tensor the model no longer holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._pytree import tree_any, tree_map
+
+from autodist.runtime import compat, dialect
+
+DP_AXIS = "dp"
+
+
+class MovedParameterError(RuntimeError):
+    """A plain parameter was used after its model had been prepared."""
+
+
+class MovedParameter(nn.Parameter):
+    """What a plain parameter turns into once a DTensor has taken its place.
+
+    ``successor`` is the new parameter, ``moved_name`` its name. Any tensor operation, and any
+    read of ``grad``, raises :class:`MovedParameterError`.
+    """
+
+    successor: nn.Parameter
+    moved_name: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        moved = next((a for a in args if isinstance(a, MovedParameter)), None)
+        name = f"'{moved.moved_name}'" if moved is not None else "a parameter"
+        raise MovedParameterError(
+            f"{name} was replaced when its model was prepared, but something still uses the old tensor "
+            "(an optimizer or a list built before the first call). Build it from model.parameters() after "
+            "autodist.prepare(model, plan), or after the first call."
+        )
+
+
+@torch._dynamo.allow_in_graph
+@compat.not_alone
+def unshard(parameter: Tensor) -> Tensor:
+    """The whole value of a parameter; plain tensors are returned as they are.
+
+    Differentiable: the gradient arriving here is averaged over the data-parallel axis and becomes the
+    shard's gradient, a DTensor with the parameter's placement.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    group = compat.mesh_group_name(mesh)
+    local = parameter.to_local()
+    name = parameter_name(parameter)
+    if name is not None:  # a real parameter, read eagerly: in a graph the compiler has checked the order
+        check_same(name, f"reads '{name}'", group, local.device)
+    if parameter.placements == (Replicate(),):
+        return dialect.replica(local, mesh.size(), local.dtype, group)
+    return dialect.unshard(local, parameter.shape[0], mesh.size(), local.dtype, group)
+
+
+class MixedReadError(RuntimeError):
+    """Ranks read different parameters at the same time."""
+
+
+def check_same(key: str, doing: str, group: str, device: torch.device) -> None:
+    """Every rank comes here with the same ``key`` now, or all raise :class:`MixedReadError`.
+
+    A gather takes what each rank sends. Ranks whose Python went different ways (an expert that only some
+    of them need) would silently be given pieces of different weights.
+    """
+    if compat.is_fake_group(group):
+        return
+    tag = torch.tensor([zlib.crc32(key.encode())], device=device)
+    tags = dialect.all_gather_now(tag, group).tolist()
+    if len(set(tags)) > 1:
+        others = [r for r, t in zip(compat.group_ranks(group), tags, strict=True) if t != tag.item()]
+        raise MixedReadError(
+            f"this rank {doing} while ranks {others} do something else: their programs took different "
+            "ways. All ranks must use the same parameters in the same order; make what depends "
+            "on a rank's data (the experts it needs, a branch) use all of them, with weight zero if need be."
+        )
+
+
+def placement_of(shape: torch.Size, shard: bool) -> Shard | Replicate:
+    """``Shard(0)`` for anything with rows to share out, else ``Replicate``."""
+    return Shard(0) if shard and len(shape) > 0 else Replicate()
+
+
+def distribute(value: Tensor, mesh: DeviceMesh, shard: bool) -> DTensor:
+    """This rank's DTensor of ``value``, which every rank holds alike. Copies; no communication."""
+    placement = placement_of(value.shape, shard)
+    local = value
+    if isinstance(placement, Shard):
+        chunk = dialect.chunk_rows(value.shape[0], mesh.size())
+        start = min(chunk * mesh.get_local_rank(), value.shape[0])
+        local = value[start : min(start + chunk, value.shape[0])]
+    local = local.detach().clone(memory_format=torch.contiguous_format)
+    shape, stride = value.shape, torch.empty(value.shape, device="meta").stride()
+    return DTensor.from_local(
+        local, mesh, [placement], run_check=False, shape=shape, stride=stride
+    )
+
+
+def replace_parameters(root: nn.Module, convert: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Replace every plain parameter of ``root`` by ``convert(name, parameter)``, once per object.
+
+    The modules' classes become subclasses whose properties read through :func:`unshard`. Attributes
+    that hold parameters outside the registry (the flat weights of ``nn.LSTM``) become properties too.
+    A parameter already replaced through another root is found again by its ``successor``.
+    """
+    for prefix, module in list(root.named_modules()):
+        owned = {n: p for n, p in module._parameters.items() if p is not None}
+        for name, parameter in owned.items():
+            if isinstance(parameter, MovedParameter):
+                module._parameters[name] = parameter.successor
+            elif not isinstance(parameter, DTensor):
+                full_name = f"{prefix}.{name}" if prefix else name
+                move(parameter, full_name, convert(full_name, parameter))
+                module._parameters[name] = parameter.successor  # type: ignore[attr-defined]
+        if owned:
+            held = tuple(k for k, v in vars(module).items() if _holds_parameters(k, v))
+            for name in held:
+                vars(module)[name] = tree_map(_successor, vars(module)[name])
+            read_through(module, tuple(owned), held)
+
+
+def read_through(module: nn.Module, names: tuple[str, ...], held: tuple[str, ...] = ()) -> None:
+    """Make reading ``names`` of ``module`` (parameters) and ``held`` (containers of them) unshard."""
+    base: type[nn.Module] = getattr(type(module), "_autodist_base", type(module))
+    names = tuple(sorted({*names, *getattr(type(module), "_autodist_names", ())}))
+    held = tuple(sorted({*held, *getattr(type(module), "_autodist_held", ())}))
+    module.__class__ = _sharded_class(base, names, held)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _sharded_class(
+    base: type[nn.Module], names: tuple[str, ...], held: tuple[str, ...]
+) -> type[nn.Module]:
+    namespace: dict[str, Any] = {
+        name: property(functools.partial(_read_parameter, name=name)) for name in names
+    }
+    namespace |= {
+        name: property(
+            functools.partial(_read_container, name=name),
+            functools.partial(_write_container, name),
+        )
+        for name in held
+    }
+    namespace |= {
+        "_autodist_base": base,
+        "_autodist_names": names,
+        "_autodist_held": held,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), namespace)
+
+
+@compat.not_alone
+def _read_parameter(module: nn.Module, name: str) -> Tensor | None:
+    return unshard(module._parameters[name])  # type: ignore[arg-type]
+
+
+@compat.not_alone
+def _read_container(module: nn.Module, name: str) -> Any:
+    return tree_map(_read, vars(module)[name])
+
+
+@compat.not_alone
+def _write_container(name: str, module: nn.Module, value: Any) -> None:
+    # A module may rebuild its container from weights it has just read: nn.LSTM does, in every forward.
+    vars(module)[name] = value
+
+
+def move(old: nn.Parameter, name: str, new: nn.Parameter) -> None:
+    """Turn ``old`` into a :class:`MovedParameter` and give its memory back."""
+    new._autodist_name = name  # type: ignore[attr-defined]
+    if old.requires_grad:
+        old.register_hook(functools.partial(_refuse_gradient, name))
+    old.data = old.data.new_empty(0)
+    old.grad = None
+    old.__class__ = MovedParameter
+    vars(old).update(successor=new, moved_name=name)
+
+
+def _refuse_gradient(name: str, grad: Tensor) -> None:
+    raise MovedParameterError(
+        f"'{name}' was used eagerly before the first compiled part of the model was reached, where the "
+        "model was sharded; its gradient in this step would be lost. Call autodist.prepare(model, plan) "
+        "before the first step."
+    )
+
+
+def _holds_parameters(key: str, value: Any) -> bool:
+    registry = key in nn.Module.__annotations__
+    if registry or not isinstance(value, (list, tuple, dict)):
+        return False
+    return bool(tree_any(lambda leaf: isinstance(leaf, MovedParameter), value))
+
+
+def _successor(leaf: Any) -> Any:
+    return leaf.successor if isinstance(leaf, MovedParameter) else leaf
+
+
+def _read(leaf: Any) -> Any:
+    return unshard(leaf) if isinstance(leaf, DTensor) else leaf
+
+
+def parameter_name(value: Any) -> str | None:
+    """The name under which :func:`replace_parameters` found a parameter."""
+    return getattr(value, "_autodist_name", None)
+
+
+def containers(module: nn.Module) -> tuple[str, ...]:
+    """Attributes through which ``module`` holds sharded parameters outside its registry."""
+    return getattr(type(module), "_autodist_held", ())
+
+
+def plain_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of ``root`` that have not been prepared, each object once."""
+    for name, parameter in root.named_parameters():
+        if not isinstance(parameter, DTensor):
+            yield name, parameter
