@@ -1,0 +1,146 @@
+"""Small predicates and edits that several passes share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves, tree_map
+
+from autodist.runtime import compat
+
+_aten = torch.ops.aten
+
+_LAYOUT = {
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten._unsafe_view.default,
+    _aten.alias.default,
+    _aten.detach.default,
+    _aten.t.default,
+    _aten.transpose.int,
+    _aten.permute.default,
+    _aten.expand.default,
+    _aten.unsqueeze.default,
+    _aten.squeeze.default,
+    _aten.squeeze.dim,
+    _aten.squeeze.dims,
+    _aten.slice.Tensor,
+    _aten.select.int,
+}
+_COPIES = {
+    _aten._to_copy.default,
+    _aten.clone.default,
+    torch.ops.prims.convert_element_type.default,
+}
+"""Operators of one tensor that move or convert its elements and compute nothing."""
+
+
+def positions(graph: Graph) -> dict[Node, int]:
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def is_view(node: Node) -> bool:
+    """One input tensor, seen differently: no memory of its own."""
+    return node.target in _LAYOUT
+
+
+def is_copy(node: Node) -> bool:
+    """One input tensor, copied or converted elementwise."""
+    return node.target in _COPIES
+
+
+def source(node: Node, through: Callable[[Node], bool] = is_view) -> Node:
+    """Follow first arguments back while ``through`` holds; the node where it stops."""
+    while through(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def value(node: Node) -> Any:
+    return node.meta["val"]
+
+
+def example(argument: Any) -> Any:
+    """``argument`` with every node replaced by its value's metadata."""
+    return tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, argument)
+
+
+def insert(
+    graph: Graph, target: Callable[..., Any], args: tuple[Any, ...], like: Node | None = None
+) -> Node:
+    """A new call at the graph's insertion point, its value computed from its arguments' metadata.
+
+    ``like`` lends its stack trace and module stack, so that errors and pictures still point at the
+    user's source line.
+    """
+    node = graph.call_function(target, args)
+    if like is not None:
+        node.meta = {k: v for k, v in like.meta.items() if k in _INHERITED}
+    evaluate(node)
+    return node
+
+
+def evaluate(node: Node) -> None:
+    """Compute a call's value from its arguments' metadata, without data."""
+    args, kwargs = example(node.args), example(node.kwargs)
+    with compat.fake_mode_of(tree_leaves((args, kwargs))) or contextlib.nullcontext():
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+_INHERITED = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "autograd_backward")
+
+
+def replace(old: Node, new: Node) -> None:
+    """All uses of ``old`` become uses of ``new``; ``old`` goes."""
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def output_of(graph: GraphModule) -> Node:
+    return graph.graph.find_nodes(op="output")[0]
+
+
+def first_use(node: Node, order: dict[Node, int]) -> int:
+    """Position of the first reader that is not a view; the end of the graph when there is none."""
+    uses = (first_use(u, order) if is_view(u) else order[u] for u in node.users)
+    return min(uses, default=len(order))
+
+
+def last_use(node: Node, order: dict[Node, int]) -> int:
+    uses = (max(order[u], last_use(u, order) if is_view(u) else 0) for u in node.users)
+    return max(uses, default=order[node])
+
+
+def num_bytes(node: Node) -> int:
+    """Bytes of a node's tensors; symbolic sizes count at their hints."""
+    tensors = (t for t in tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor))
+    return sum(tensor_bytes(t) for t in tensors)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    count = 1
+    for size in tensor.shape:
+        count *= compat.size_hint(size)
+    return count * tensor.element_size()
+
+
+def move_before(nodes: Iterable[Node], anchor: Node) -> None:
+    for node in nodes:
+        anchor.prepend(node)
+
+
+def where(node: Node) -> str:
+    """The user's source line a node comes from, for error messages."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File")]
+    return lines[-1] if lines else "source line unknown"
+
+
+def parameter_of(node: Node, parameters: Any) -> str:
+    """The name of the parameter a graph input stands for, or the input's own name."""
+    index = compat.placeholder_index(node)
+    return parameters.get(index, node.name) if index is not None else node.name
