@@ -1,0 +1,35 @@
+"""autodist: any PyTorch model, trained sharded, with the same gradients and a plan you can read.
+
+    model = torch.compile(model, backend="autodist")
+
+Launched with torchrun, that line trains an unmodified model with parameters, gradients and optimizer state
+sharded over all ranks (ZeRO-3). See README.md.
+"""
+
+__version__ = "0.1.0"
+
+from autodist import backend  # noqa: F401  (watches optimizers from now on)
+from autodist.checkpoint import export, load, save
+from autodist.plan import Plan, PlanError
+from autodist.prepare import PrepareError, prepare
+from autodist.runtime.agreement import DisagreementError, MissingRanksError
+from autodist.runtime.monitor import PeerError
+from autodist.runtime.parameters import MovedParameterError
+from autodist.verify import Report, verify
+
+__all__ = [
+    "DisagreementError",
+    "MissingRanksError",
+    "MovedParameterError",
+    "PeerError",
+    "Plan",
+    "PlanError",
+    "PrepareError",
+    "Report",
+    "__version__",
+    "export",
+    "load",
+    "prepare",
+    "save",
+    "verify",
+]

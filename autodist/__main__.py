@@ -1,0 +1,5 @@
+"""``python -m autodist``: the command line."""
+
+from autodist.cli import main
+
+main()

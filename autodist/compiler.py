@@ -1,0 +1,366 @@
+"""The compiler: which passes, in which order, and what carries a graph through them.
+
+    captured ──refuse_weight_writes, autocast──> AOTAutograd
+    joint    ──merge_reads, narrow_gathers──> partition
+    parts    ──bucket, lower, overlap──> Inductor (or eager)
+
+The order is :func:`default_passes`, here and nowhere else. A graph that needs no gradient is not
+partitioned: it goes through the joint passes and then through those of a forward part.
+
+Before a graph's first collective all ranks have compared what they are about to run
+(:meth:`Compilation.agree`).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from autodist.artifacts import write_graph
+from autodist.job import Job
+from autodist.logs import log
+from autodist.passes.analysis.cost import collective_kind, is_collective_start
+from autodist.passes.analysis.timeline import Timeline, simulate
+from autodist.passes.analysis.wrapper import wrapper_peak
+from autodist.passes.base import Context, Pass, Phase, Record, operators, run_passes
+from autodist.passes.bucket import Bucket
+from autodist.passes.graph import num_bytes, parameter_of
+from autodist.passes.lower import Lower
+from autodist.passes.overlap import Overlap
+from autodist.passes.partition import Partition
+from autodist.passes.precision import Autocast
+from autodist.passes.writes import RefuseWeightWrites
+from autodist.passes.zero import MergeReads, NarrowGathers
+from autodist.plan import Plan
+from autodist.runtime import compat
+from autodist.runtime.agreement import collective_lines, graph_lines
+from autodist.runtime.parameters import check_same, parameter_name
+
+# Inductor moves nodes to shorten lifetimes and to bring producers to consumers; both undo a schedule.
+KEEP_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
+
+
+def default_passes(plan: Plan, device_type: str) -> list[Pass]:
+    """The passes of ``plan``, in order. Those for other phases than the graph's are skipped."""
+    passes: list[Pass] = [RefuseWeightWrites()]
+    if plan.precision == "bf16":
+        passes.append(Autocast(torch.bfloat16, device_type))
+    passes += [
+        MergeReads(),
+        NarrowGathers(),
+        Bucket(reduce_at_end=plan.zero == 1),
+        Lower(),
+        Overlap(),
+    ]
+    return passes
+
+
+@dataclass
+class GraphReport:
+    """What the compiler did to one captured graph.
+
+    ``parts`` (the scheduled graphs) is filled for artifacts and in a dry run.
+    ``programs`` are the Python programs Inductor emitted, ``saved_bytes`` the sizes of the inputs that each
+    part alone holds; ``staged`` says that the ranks' transport copies what it sends.
+    """
+
+    number: int
+    staged: bool = False
+    signature: str = ""
+    records: list[Record] = field(default_factory=list)
+    timelines: dict[str, Timeline] = field(default_factory=dict)
+    parts: dict[str, GraphModule] = field(default_factory=dict)
+    programs: dict[str, str] = field(default_factory=dict)
+    saved_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def emitted_peak(self, part: str) -> int:
+        """Peak bytes of the program Inductor emitted for ``part``, exact but for scratch memory.
+
+        Above what the caller holds (parameters, batch): saved values and what the program allocates.
+        """
+        saved = self.saved_bytes.get(part, {})
+        return wrapper_peak(self.programs[part], saved, staged=self.staged).peak
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in passes."""
+        return sum(r.seconds for r in self.records)
+
+
+@dataclass
+class Compilation:
+    """One captured graph on its way through the compiler.
+
+    ``parameters`` maps the graph's inputs, by position, to parameter names; ``batch`` describes the others.
+    """
+
+    job: Job
+    parameters: dict[int, str]
+    report: GraphReport
+    resident: int
+    batch: str
+
+    def context(self, phase: Phase) -> Context:
+        return Context(
+            phase=phase,
+            hardware=self.job.hardware,
+            parameters=self.parameters,
+            group_sizes=self.job.group_sizes,
+            memory=self.job.plan.memory_bytes,
+            resident=self.resident,
+            fused=self.job.plan.lowering == "inductor",
+            agree=self.job.lead,
+        )
+
+    def transform(self, graph: GraphModule, phase: Phase) -> GraphModule:
+        passes = default_passes(self.job.plan, self.job.device.type)
+        return run_passes(
+            graph, passes, self.context(phase), self.report.records, self.job.keep_text
+        )
+
+    def partition(
+        self, joint: GraphModule, inputs: Sequence[Any], **options: Any
+    ) -> tuple[GraphModule, GraphModule]:
+        """Joint graph to scheduled forward and backward parts; the partitioner AOTAutograd calls."""
+        joint = self.transform(joint, Phase.JOINT)
+        program = self._program(joint)
+        forward, backward = self._split(joint, inputs, **options)
+        forward = self.transform(forward, Phase.FORWARD_PART)
+        backward = self.transform(backward, Phase.BACKWARD_PART)
+        self._finish({"forward": forward, "backward": backward}, program)
+        return forward, backward
+
+    def _split(
+        self, joint: GraphModule, inputs: Sequence[Any], **options: Any
+    ) -> tuple[GraphModule, GraphModule]:
+        context = self.context(Phase.JOINT)
+        before, start = operators(joint), time.thread_time()
+        parts = Partition(keep=self.job.plan.zero < 3).split(joint, inputs, context, **options)
+        seconds = time.thread_time() - start
+        now = operators(parts[0]) + operators(parts[1])
+        self.report.records.append(
+            Record(
+                name="partition",
+                phase=Phase.JOINT,
+                seconds=seconds,
+                decisions=tuple(context.decisions),
+                added=dict(now - before),
+                removed=dict(before - now),
+            )
+        )
+        return parts
+
+    def whole(self, graph: GraphModule) -> GraphModule:
+        """A graph without gradients, scheduled."""
+        graph = self.transform(graph, Phase.JOINT)
+        program = self._program(graph)
+        graph = self.transform(graph, Phase.FORWARD_PART)
+        self._finish({"forward": graph}, program)
+        return graph
+
+    def _program(self, graph: GraphModule) -> str:
+        """The program before partitioning and lowering, without what legitimately differs by rank."""
+        labels = dict.fromkeys(self.job.group_sizes, "dp")
+        return "\n".join(graph_lines(graph, group_labels=labels, mask_sizes=True))
+
+    def _finish(self, parts: dict[str, GraphModule], program: str) -> None:
+        sizes = self.job.group_sizes
+        for name, part in parts.items():
+            self.report.timelines[name] = simulate(
+                part, self.job.hardware, sizes, fused=self.job.plan.lowering == "inductor"
+            )
+            self.report.saved_bytes[name] = _saved_bytes(part)
+        if self.job.keep_text or self.job.dry_run:
+            self.report.parts = parts
+        if self.job.keep_text:
+            write_graph(self.job, self.report, self.parameters, self.resident)
+        self.agree(parts, program)
+
+    def agree(self, parts: dict[str, GraphModule], program: str) -> None:
+        """All ranks will run the same collectives, or all end here with what differs.
+
+        The comparison waits for every rank, so it is made only for collectives not agreed on yet: a rank
+        that compiles again because its batch has another size runs the same ones, and waits for nobody.
+        """
+        agreement = self.job.agreement
+        if agreement is None:
+            return
+        labels = dict.fromkeys(self.job.group_sizes, "dp")
+        lines = {n: "\n".join(collective_lines(p, labels)) for n, p in parts.items()}
+        if not any(lines.values()):
+            return
+        lines |= {f"{n}, weights gathered": self._gathered(p) for n, p in parts.items()}
+        signature = repr(sorted(lines.items()))
+        self.report.signature = signature
+        if signature in self.job.agreed:
+            return
+        text = {f"collectives of the {n}": t for n, t in lines.items()}
+        # Not the graph's own number: a rank may have compiled more often than others.
+        subject = f"communicating program {len(self.job.agreed)}"
+        # A batch of one row, say, makes another program of the same collectives.
+        agreement.require(subject, {"program": program, **text}, {"program": self.batch})
+        self.job.agreed.add(signature)
+
+    def _gathered(self, part: GraphModule) -> str:
+        """The parameters whose shards each gather sends, in order: shapes alone may look alike."""
+        gathers = [n for n in part.graph.nodes if is_collective_start(n)]
+        return "\n".join(
+            " ".join(_names_of(g.all_input_nodes, self.parameters))
+            for g in gathers
+            if collective_kind(g) == "all_gather"
+        )
+
+
+def compile_graph(
+    graph: GraphModule, inputs: Sequence[Any], job: Job, mode: str | None
+) -> Callable[..., Any]:
+    """A callable for a captured graph, transformed and lowered as ``job``'s plan says."""
+    names = {i: parameter_name(x) for i, x in enumerate(inputs)}
+    report = GraphReport(job.next_graph(), job.hardware.stages_collectives)
+    job.reports.append(report)
+    run = Compilation(
+        job,
+        {i: n for i, n in names.items() if n is not None},
+        report,
+        _optimizer_bytes(inputs),
+        _batch(inputs),
+    )
+    job.at(f"compiling graph {report.number}")
+    graph = run.transform(graph, Phase.CAPTURED)
+    lower = _inductor if job.plan.lowering == "inductor" and not job.dry_run else _eager
+    with compat.functorch_patch(enable_autograd_cache=False):
+        compiled = lower(graph, inputs, run, mode)
+    if job.is_first_rank:
+        _summarise(report)
+    return compiled
+
+
+def _names_of(nodes: Sequence[Node], parameters: Mapping[int, str]) -> list[str]:
+    """Names of the graph inputs that ``nodes`` are views, casts and pads of."""
+    found = []
+    for node in nodes:
+        while node.op == "call_function" and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        found.append(parameter_of(node, parameters))
+    return found
+
+
+def _batch(inputs: Sequence[Any]) -> str:
+    """Shapes and types of the inputs that are not parameters."""
+    plain = (x for x in inputs if not isinstance(x, torch.distributed.tensor.DTensor))
+    return "; ".join(
+        f"{tuple(map(str, x.shape))} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
+        for x in plain
+    )
+
+
+def _saved_bytes(part: GraphModule) -> dict[str, int]:
+    inputs = part.graph.find_nodes(op="placeholder")
+    return {n.name: num_bytes(n) for n in inputs if compat.placeholder_index(n) is None}
+
+
+def _optimizer_bytes(inputs: Sequence[Any]) -> int:
+    """Gradients and Adam's two moments, for the shards among ``inputs``."""
+    locals_ = (
+        x.to_local()
+        for x in inputs
+        if isinstance(x, torch.distributed.tensor.DTensor) and x.requires_grad
+    )
+    return sum(3 * t.numel() * t.element_size() for t in locals_)
+
+
+class _Partitioner(compat.CustomPartitionerFn):
+    """Inductor's hook for a partitioner of one's own."""
+
+    def __init__(self, partition: Callable[..., tuple[GraphModule, GraphModule]]) -> None:
+        self.partition = partition
+
+    def __call__(
+        self, gm: GraphModule, joint_inputs: Sequence[Any], **options: Any
+    ) -> tuple[GraphModule, GraphModule]:
+        return self.partition(gm, joint_inputs, **options)
+
+    def uuid(self) -> str:
+        # Inductor's cache is keyed by the graphs that come out of here; nothing more is needed.
+        return "autodist"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        # Part of the configuration that Inductor pickles into its cache key: a constant there too.
+        return str, (self.uuid(),)
+
+
+def _inductor(
+    graph: GraphModule, inputs: Sequence[Any], run: Compilation, mode: str | None
+) -> Callable[..., Any]:
+    def inner(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+        if options.get("is_inference"):
+            gm = run.whole(gm)
+        part = "backward" if options.get("is_backward") else "forward"
+        compiled = compat.compile_fx_inner(gm, example_inputs, **options)
+        run.report.programs[part] = compat.emitted_program(compiled)
+        return _guarded(compiled, run, part)
+
+    patches = {
+        **compat.inductor_mode_options(mode),
+        **KEEP_ORDER,
+        "custom_partitioner_fn": _Partitioner(run.partition),
+    }
+    return compat.compile_fx(graph, inputs, inner_compile=inner, config_patches=patches)
+
+
+def _eager(
+    graph: GraphModule, inputs: Sequence[Any], run: Compilation, mode: str | None
+) -> Callable[..., Any]:
+    def part(name: str, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return _guarded(compat.boxed(gm.forward), run, name)
+
+    def inference(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return part("forward", run.whole(gm), example_inputs)
+
+    backend = compat.aot_autograd(
+        fw_compiler=functools.partial(part, "forward"),
+        bw_compiler=functools.partial(part, "backward"),
+        inference_compiler=inference,
+        partition_fn=run.partition,
+    )
+    return backend(graph, inputs)
+
+
+def _guarded(compiled: Callable[..., Any], run: Compilation, part: str) -> Callable[..., Any]:
+    """``compiled``, with a peer's death or silence reported as such."""
+    monitor = run.job.monitor
+    if monitor is None:
+        return compiled
+    doing = f"the {part} of graph {run.report.number}"
+
+    def call(arguments: list[Any]) -> Any:
+        monitor.at(doing)
+        with monitor.guard(doing):
+            if part == "forward" and len(run.job.agreed) > 1 and run.report.signature:
+                # Several programs communicate: Python may have gone different ways on different ranks.
+                check_same(run.report.signature, f"runs {doing}", run.job.group, run.job.device)
+            return compiled(arguments)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def _summarise(report: GraphReport) -> None:
+    for name, timeline in report.timelines.items():
+        log.info(
+            "graph %d %s: predicted %.1f ms, %.1f ms of communication exposed, peak %.1f MiB",
+            report.number,
+            name,
+            timeline.seconds * 1e3,
+            timeline.exposed_seconds * 1e3,
+            timeline.peak_bytes / 2**20,
+        )
+
+
+__all__ = ["Compilation", "GraphReport", "compile_graph", "default_passes"]

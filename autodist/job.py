@@ -1,0 +1,167 @@
+"""A job: the ranks that train one model together, and what they agreed on.
+
+Made once per prepared model, found again through its parameters. It holds the resolved plan, the mesh, the
+agreement between ranks and the watch over them, and it collects what the compiler did.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from autodist.artifacts import artifact_folder
+from autodist.logs import configure, log
+from autodist.passes.analysis.hardware import Hardware, detect, hardware
+from autodist.plan import Plan
+from autodist.runtime import compat
+from autodist.runtime.agreement import Agreement
+from autodist.runtime.monitor import RankMonitor
+
+if TYPE_CHECKING:
+    from autodist.compiler import GraphReport
+
+_HEARTBEAT_SECONDS = 2.0
+
+
+@dataclass
+class Job:
+    """``mesh`` is None on a single rank: then nothing is sharded and nothing is agreed.
+
+    ``artifacts`` is the folder for what a person may want to read. In a ``dry_run`` all decisions
+    are made as ever, but nothing is compiled to kernels: the graphs run on fake tensors.
+    """
+
+    plan: Plan
+    device: torch.device
+    mesh: DeviceMesh | None
+    number: int = field(default_factory=itertools.count().__next__)
+    reports: list[GraphReport] = field(default_factory=list)
+    agreed: set[str] = field(default_factory=set)
+    led: dict[str, str] = field(default_factory=dict)
+    artifacts: Path | None = field(default_factory=artifact_folder)
+    dry_run: bool = False
+
+    @property
+    def keep_text(self) -> bool:
+        """Whether somebody will read what the passes did."""
+        return self.artifacts is not None or compat.structured_trace_enabled()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Job:
+        return self  # a copy of a mesh, which Dynamo's guards make, is still this job's
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()  # jobs do not travel between processes
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        assert self.plan.hardware is not None
+        return hardware(self.plan.hardware)
+
+    @property
+    def group(self) -> str:
+        assert self.mesh is not None
+        return compat.mesh_group_name(self.mesh)
+
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        return {} if self.mesh is None else {self.group: self.mesh.size()}
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.mesh is None or self.mesh.get_local_rank() == 0
+
+    @cached_property
+    def agreement(self) -> Agreement | None:
+        if self.mesh is None or compat.is_fake_group(self.group):
+            return None
+        ranks = compat.group_ranks(self.group)
+        scope = f"autodist/agreement/{self.number}"
+        return Agreement(
+            compat.default_store(), ranks, dist.get_rank(), self.plan.timeout, scope
+        )
+
+    @cached_property
+    def monitor(self) -> RankMonitor | None:
+        if self.mesh is None or compat.is_fake_group(self.group):
+            return None
+        ranks = compat.group_ranks(self.group)
+        scope = f"autodist/monitor/{self.number}"
+        return RankMonitor(
+            compat.default_store(), ranks, dist.get_rank(), _HEARTBEAT_SECONDS, scope
+        )
+
+    def next_graph(self) -> int:
+        return len(self.reports)
+
+    def at(self, doing: str) -> None:
+        """Tell the other ranks, should they ask, what this one is doing."""
+        if self.monitor is not None:
+            self.monitor.at(doing)
+
+    def lead(self, subject: str, value: str) -> str:
+        """The first rank's ``value``, on every rank.
+
+        A ``subject`` is settled once: a rank that compiles again, because its batch has another size, must
+        decide as the others did, and must not wait for ranks that do not compile.
+        """
+        if self.agreement is None:
+            return value
+        if subject not in self.led:
+            self.led[subject] = self.agreement.lead(subject, value)
+        return self.led[subject]
+
+
+def num_ranks() -> int:
+    """Ranks that are running: the process group's, or torchrun's when it has not been made yet."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_job(plan: Plan, device: torch.device, alone: bool = False) -> Job:
+    """Resolve ``plan`` on the ranks that are running, starting the process group if torchrun was used.
+
+    ``alone`` makes a job of this rank only.
+    """
+    configure()
+    ranks = 1 if alone else num_ranks()
+    if ranks > 1 and not dist.is_initialized():
+        _init_process_group(device)
+    resolved = plan.resolve(ranks, detect(device).name)
+    mesh = None
+    if ranks > 1:
+        kind = "cpu" if device.type == "meta" else device.type
+        mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("dp",))
+        if not compat.is_fake_group(compat.mesh_group_name(mesh)):
+            compat.set_group_timeout(mesh.get_group(), resolved.timeout)
+    job = Job(resolved, device, mesh)
+    if mesh is not None:
+        mesh._autodist_job = job  # type: ignore[attr-defined]
+    if job.is_first_rank and ranks == num_ranks():
+        log.info("plan: %s", resolved)
+    return job
+
+
+def _init_process_group(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def job_of(parameter: nn.Parameter) -> Job | None:
+    """The job a prepared parameter belongs to."""
+    job = getattr(parameter, "_autodist_job", None)
+    if job is None and isinstance(parameter, DTensor):
+        # Module.to() and deepcopy make new parameters, on the same mesh.
+        job = getattr(parameter.device_mesh, "_autodist_job", None)
+    return job

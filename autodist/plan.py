@@ -1,0 +1,153 @@
+"""The plan: what a person asks of the compiler, and what that resolved to.
+
+One frozen dataclass is the Python API, the ``options=`` of ``torch.compile`` and a JSON file. A plan is
+*resolved* against the ranks and the device it will run on: what was left open is filled in, and what cannot
+be is refused, naming the field and its legal values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+_LOWERINGS = ("inductor", "eager")
+_PRECISIONS = ("fp32", "bf16")
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class PlanError(ValueError):
+    """A plan asks for something that does not exist or cannot be had here."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train a model on many ranks.
+
+    zero:       what is sharded over the data-parallel ranks. 0 nothing (gradients are averaged, as DDP
+                does), 1 optimizer state, 2 and gradients, 3 and parameters (arXiv:1910.02054).
+    dp:         number of data-parallel ranks; derived from the number of ranks when None.
+    precision:  "fp32" trains in the parameters' own type; "bf16" computes under autocast and gathers
+                weights in bf16, with shards, reduction and optimizer at full width.
+    memory:     bytes a rank may use ("60GB", "512MiB" or a number). Under ZeRO-3, weights stay whole
+                from forward to backward while they fit. None keeps none.
+    lowering:   "inductor", or "eager" to run the same passes without Inductor (to tell whose a bug is).
+    timeout:    seconds to wait for other ranks before ending with an error.
+    hardware:   the cost model's machine ("h100-80g", "cpu", ...); detected from the device when None.
+    """
+
+    zero: int = 3
+    dp: int | None = None
+    precision: str = "fp32"
+    memory: str | int | None = None
+    lowering: str = "inductor"
+    timeout: float = 600.0
+    hardware: str | None = None
+
+    def __post_init__(self) -> None:
+        _require("zero", self.zero, type(self.zero) is int and 0 <= self.zero <= 3, "0, 1, 2 or 3")
+        positive = self.dp is None or (type(self.dp) is int and self.dp > 0)
+        _require("dp", self.dp, positive, "a positive number of ranks, or None to derive it")
+        _require("precision", self.precision, self.precision in _PRECISIONS, _either(_PRECISIONS))
+        _require("lowering", self.lowering, self.lowering in _LOWERINGS, _either(_LOWERINGS))
+        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
+        _require("timeout", self.timeout, number and self.timeout > 0, "a positive number of seconds")
+        _ = self.memory_bytes
+        if self.hardware is not None:
+            from autodist.passes.analysis.hardware import hardware
+
+            try:
+                hardware(self.hardware)
+            except ValueError as error:
+                raise PlanError(f"plan field 'hardware': {error}") from None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """``memory`` in bytes."""
+        if self.memory is None:
+            return None
+        legal = 'a positive number of bytes, or text such as "60GB" or "512MiB"'
+        if isinstance(self.memory, int) and not isinstance(self.memory, bool):
+            _require("memory", self.memory, self.memory > 0, legal)
+            return self.memory
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", str(self.memory))
+        known = match is not None and match[2].upper() in _UNITS and float(match[1]) > 0
+        _require("memory", self.memory, known, legal)
+        assert match is not None
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+
+    @classmethod
+    def make(cls, options: PlanLike) -> Plan:
+        """A plan from a plan, a mapping of its fields, a path to its JSON, or None (all defaults).
+
+        Raises :class:`PlanError` naming the first unknown field or illegal value.
+        """
+        if options is None:
+            return cls()
+        if isinstance(options, Plan):
+            return options
+        if isinstance(options, (str, os.PathLike)):
+            return cls.load(options)
+        if not isinstance(options, Mapping):
+            raise PlanError(
+                f"options must be an autodist.Plan, a dict of its fields, or a path to its JSON; "
+                f"got {type(options).__name__}"
+            )
+        fields = [f.name for f in dataclasses.fields(cls)]
+        unknown = [k for k in options if k not in fields]
+        if unknown:
+            raise PlanError(f"unknown plan field {unknown[0]!r}; the fields are {', '.join(fields)}")
+        return cls(**options)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """The plan in a JSON file written by :meth:`dump` or by hand."""
+        try:
+            fields = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise PlanError(f"cannot read the plan file {os.fspath(path)!r}: {error}") from None
+        except json.JSONDecodeError as error:
+            raise PlanError(f"the plan file {os.fspath(path)!r} is not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise PlanError(f"the plan file {os.fspath(path)!r} must hold one JSON object")
+        return cls.make(fields)
+
+    def dump(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def resolve(self, num_ranks: int, hardware: str) -> Plan:
+        """This plan on ``num_ranks`` ranks; raises :class:`PlanError` when it cannot run on them."""
+        if self.dp is not None and self.dp != num_ranks:
+            raise PlanError(
+                f"plan field 'dp' is {self.dp}, but {num_ranks} ranks are running; "
+                f"leave it out, or start {self.dp} ranks"
+            )
+        zero = self.zero if num_ranks > 1 else 0
+        return dataclasses.replace(
+            self, zero=zero, dp=num_ranks, hardware=self.hardware or hardware
+        )
+
+    def __str__(self) -> str:
+        return " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items() if v is not None)
+
+
+PlanLike = Union[Plan, Mapping[str, Any], str, "os.PathLike[str]", None]
+
+
+def _require(field: str, value: Any, legal: bool, values: str) -> None:
+    if not legal:
+        raise PlanError(f"plan field {field!r} must be {values}; got {value!r}")
+
+
+def _either(values: tuple[str, ...]) -> str:
+    return " or ".join(repr(v) for v in values)
