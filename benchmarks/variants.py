@@ -1,0 +1,129 @@
+"""The ways of training that are compared: each turns a model into a step.
+
+A *step* takes this rank's tokens [batch, sequence], trains on them once and returns this rank's
+loss, detached. Every variant runs inside an initialised process group and stays as close to its
+project's own recipe as it can; where a setting had to be chosen, a comment says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.workload import Workload, adamw
+
+Step = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``build(model, workload)`` makes the step; ``needs`` is a package that may be missing."""
+
+    build: Callable[[nn.Module, Workload], Step]
+    needs: str | None = None
+
+
+def _step(forward: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Step:
+    def step(tokens: Tensor) -> Tensor:
+        loss: Tensor = forward(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def _ddp(model: nn.Module, workload: Workload) -> Step:
+    return _step(DistributedDataParallel(model), adamw(model))
+
+
+def _ddp_compile(model: nn.Module, workload: Workload) -> Step:
+    return _step(torch.compile(DistributedDataParallel(model)), adamw(model))
+
+
+def _shard(model: nn.Module, workload: Workload) -> None:
+    """FSDP2's recipe: one group of parameters a block, the rest with the root."""
+    mesh = init_device_mesh(workload.device, (workload.ranks,))
+    for block in model.model.layers:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _fsdp2(model: nn.Module, workload: Workload) -> Step:
+    _shard(model, workload)
+    return _step(model, adamw(model))
+
+
+def _fsdp2_compile(model: nn.Module, workload: Workload) -> Step:
+    for block in model.model.layers:  # type: ignore[union-attr]
+        block.compile(fullgraph=True)
+    return _fsdp2(model, workload)
+
+
+def _fsdp2_compile_whole(model: nn.Module, workload: Workload) -> Step:
+    _shard(model, workload)
+    return _step(torch.compile(model), adamw(model))
+
+
+def _deepspeed(model: nn.Module, workload: Workload) -> Step:
+    if workload.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    import deepspeed
+
+    # DeepSpeed counts its windows in elements and its defaults are for models of billions: left
+    # alone, a small model is never released within a step, beside a reduce bucket of 2 GB. Counted
+    # in blocks instead, as FSDP2's groups are. Small parameters stay whole up to the size the
+    # Hugging Face integration chooses.
+    block = sum(p.numel() for p in model.model.layers[0].parameters())  # type: ignore[union-attr, index]
+    config = {
+        "train_micro_batch_size_per_gpu": workload.batch,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,  # the default is 1.0, and the others do not clip
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": block,
+            "stage3_prefetch_bucket_size": block,
+            "stage3_max_live_parameters": 2 * block,
+            "stage3_max_reuse_distance": block,
+            "stage3_param_persistence_threshold": 10 * workload.hidden,
+        },
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=config)
+
+    def step(tokens: Tensor) -> Tensor:
+        loss: Tensor = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return step
+
+
+def _autodist(stage: int) -> Callable[[nn.Module, Workload], Step]:
+    def build(model: nn.Module, workload: Workload) -> Step:
+        compiled = torch.compile(model, backend="autodist", options={"zero": stage})
+        return _step(compiled, adamw(model))
+
+    return build
+
+
+VARIANTS = {
+    "ddp": Variant(_ddp),
+    "ddp-compile": Variant(_ddp_compile),
+    "fsdp2": Variant(_fsdp2),
+    "fsdp2-compile": Variant(_fsdp2_compile),
+    "fsdp2-compile-whole": Variant(_fsdp2_compile_whole),
+    "deepspeed-zero3": Variant(_deepspeed, needs="deepspeed"),
+    "autodist-zero3": Variant(_autodist(3)),
+    "autodist-zero2": Variant(_autodist(2)),
+}
