@@ -77,7 +77,7 @@ class Bucket(Pass):
             key = (node.target, *node.args[-2:], node.args[-3])
             run, size = open_.setdefault(key, []), num_bytes(node)
             limit = self.limit or bucket_bytes(context.group_sizes[node.args[-1]], context.hardware)
-            if run and sum(map(num_bytes, run)) + size > limit and not self._unbounded(node):
+            if run and held[key] + size > limit and not self._unbounded(node):
                 done.append(run)
                 run, held[key] = [], 0
                 open_[key] = run

@@ -148,14 +148,18 @@ class Output:
 
 
 class SmallResNet(nn.Module):
-    """Convolutions, batch norms, a skip with a projection, odd channel counts."""
+    """Convolutions, batch norms, a skip with a projection, odd channel counts.
+
+    Convolutions before a batch norm have no bias, as in ResNets: the norm takes it out again, so its
+    gradient would be rounding noise, and nothing to compare.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 7, 3, padding=1, bias=False), nn.BatchNorm2d(7))
         self.body = nn.Sequential(
-            nn.Conv2d(7, 9, 3, stride=2, padding=1), nn.BatchNorm2d(9), nn.ReLU(),
-            nn.Conv2d(9, 9, 3, padding=1), nn.BatchNorm2d(9),
+            nn.Conv2d(7, 9, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(9), nn.ReLU(),
+            nn.Conv2d(9, 9, 3, padding=1, bias=False), nn.BatchNorm2d(9),
         )  # fmt: skip
         self.skip = nn.Conv2d(7, 9, 1, stride=2)
         self.head = nn.Linear(9, 5)

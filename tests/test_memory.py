@@ -8,6 +8,7 @@ anything has run (eager lowering), or off the program Inductor emitted.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,17 +45,23 @@ def predicted_and_measured(lowering: str) -> tuple[float, float]:
     step()
     job = next(model.parameters())._autodist_job
     report = job.reports[-1]
-    for parameter in model.parameters():
-        parameter.grad = None
-    gc.collect()
-    with peak_bytes() as measured:
-        step()
+    # How long gloo holds its buffers depends on its threads: a step that is lucky stays below the peak.
+    measured = max(_peak(model, step) for _ in range(4))
     held = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
     if lowering == "inductor":
         peaks = [report.emitted_peak(part) for part in ("forward", "backward")]
     else:
         peaks = [timeline.peak_bytes - held for timeline in report.timelines.values()]
-    return max(peaks) / 2**20, measured.peak / 2**20
+    return max(peaks) / 2**20, measured / 2**20
+
+
+def _peak(model: torch.nn.Module, step: Callable[[], None]) -> int:
+    for parameter in model.parameters():
+        parameter.grad = None
+    gc.collect()
+    with peak_bytes() as found:
+        step()
+    return found.peak
 
 
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
