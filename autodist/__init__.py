@@ -14,12 +14,14 @@ from autodist.plan import Plan, PlanError
 from autodist.prepare import PrepareError, prepare
 from autodist.runtime.agreement import DisagreementError, MissingRanksError
 from autodist.runtime.monitor import PeerError
-from autodist.runtime.parameters import MovedParameterError
+from autodist.runtime.parameters import LostWriteError, MixedReadError, MovedParameterError
 from autodist.verify import Report, verify
 
 __all__ = [
     "DisagreementError",
+    "LostWriteError",
     "MissingRanksError",
+    "MixedReadError",
     "MovedParameterError",
     "PeerError",
     "Plan",

@@ -132,6 +132,7 @@ def _refuse_unprepared(optimizer: torch.optim.Optimizer) -> None:
             continue
         root = compat.compiled_module(module)
         if root is None or compat.compile_backend(module) is not autodist:
+            _refuse_partly_prepared(optimizer, module, held)
             continue
         for name, parameter in root.named_parameters():
             if id(parameter) in held and parameter.grad is not None:
@@ -142,6 +143,19 @@ def _refuse_unprepared(optimizer: torch.optim.Optimizer) -> None:
                     "autodist.prepare(model, plan) before the first step: prepared models train "
                     "correctly in eager mode too."
                 )
+
+
+def _refuse_partly_prepared(optimizer: torch.optim.Optimizer, module: nn.Module, held: set[int]) -> None:
+    """``module`` has sharded parameters and, held by ``optimizer``, trained ones that are not."""
+    own = [(n, p) for n, p in module.named_parameters() if p is not None]
+    sharded = next((n for n, p in own if isinstance(p, DTensor) and job_of(p) is not None), None)
+    plain = next((n for n, p in own if id(p) in held and p.grad is not None), None)
+    if sharded is not None and plain is not None:
+        raise PrepareError(
+            f"{type(optimizer).__name__} is about to step '{plain}' of a {type(module).__name__} of which "
+            f"only a part ('{sharded}', ...) is sharded: its gradient is this rank's alone. Compile the "
+            "whole model, or call autodist.prepare on all of it."
+        )
 
 
 register_optimizer_step_pre_hook(_before_step)

@@ -45,9 +45,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate
-from torch.utils._pytree import tree_any
 
 from autodist.runtime import compat
+from autodist.runtime.compat import tree_any
 
 METADATA = ".metadata"
 DATA = "autodist-data-"

@@ -40,7 +40,7 @@ from autodist.passes.zero import MergeReads, NarrowGathers
 from autodist.plan import Plan
 from autodist.runtime import compat
 from autodist.runtime.agreement import collective_lines, graph_lines
-from autodist.runtime.parameters import check_same, parameter_name
+from autodist.runtime.parameters import GatheredWeight, check_same, parameter_name, plain_tensor
 
 # Inductor moves nodes to shorten lifetimes and to bring producers to consumers; both undo a schedule.
 KEEP_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
@@ -238,7 +238,9 @@ def compile_graph(
         compiled = lower(graph, inputs, run, mode)
     if job.is_first_rank:
         _summarise(report)
-    return compiled
+    if not any(isinstance(x, GatheredWeight) for x in inputs):
+        return compiled
+    return lambda *arguments: compiled(*map(plain_tensor, arguments))
 
 
 def _names_of(nodes: Sequence[Node], parameters: Mapping[int, str]) -> list[str]:
@@ -347,8 +349,7 @@ def _guarded(compiled: Callable[..., Any], run: Compilation, part: str) -> Calla
                 check_same(run.report.signature, f"runs {doing}", run.job.group, run.job.device)
             return compiled(arguments)
 
-    call._boxed_call = True  # type: ignore[attr-defined]
-    return call
+    return compat.takes_list(call)
 
 
 def _summarise(report: GraphReport) -> None:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from autodist.compiler import compile_graph
 from autodist.job import Job, start_job
 from autodist.plan import Plan
 from autodist.prepare import prepare, prepared_job
 from autodist.runtime import compat
+from autodist.runtime.compat import tree_leaves, tree_map
 
 
 class DryRunError(RuntimeError):

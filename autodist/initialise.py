@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
-from autodist.runtime.parameters import distribute, move, unshard
+from autodist.runtime.compat import tree_map
+from autodist.runtime.parameters import distribute, move, whole_value
 
 Init = Callable[[nn.Module], None]
 Shard = Callable[[str, nn.Parameter], nn.Parameter]
@@ -136,7 +136,7 @@ class _Whole(TorchFunctionMode):
         if not isinstance(leaf, DTensor):
             return leaf
         if leaf not in self.values:
-            self.values[leaf] = unshard(leaf)
+            self.values[leaf] = whole_value(leaf)
         return self.values[leaf]
 
 

@@ -28,6 +28,7 @@ from autodist import __version__
 from autodist.initialise import initialise
 from autodist.job import Job, job_of, start_job
 from autodist.plan import Plan, PlanError, PlanLike
+from autodist.runtime import compat
 from autodist.runtime.parameters import (
     MovedParameter,
     MovedParameterError,
@@ -151,7 +152,7 @@ def _refuse_gradients(model: nn.Module) -> None:
                 f"'{name}' has a gradient from before the model was sharded, which is this rank's alone. "
                 "Clear it with model.zero_grad(), or prepare the model first."
             )
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        if compat.has_gradient_hooks(parameter):
             raise PrepareError(
                 f"'{name}' has a gradient hook, which would see nothing once the parameter is sharded. "
                 "Register it on model.named_parameters() after autodist.prepare(model, plan)."
@@ -164,6 +165,10 @@ def _refuse(model: nn.Module) -> None:
             raise PrepareError(
                 f"'{name}' has max_norm={module.max_norm}: it rewrites its weight in every forward, "
                 "which a sharded weight would lose. Normalise the rows where they are used instead."
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise PrepareError(
+                f"'{name}' has sparse=True: sparse gradients are not reduced over ranks. Use sparse=False."
             )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):

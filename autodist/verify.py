@@ -29,12 +29,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
 
 from autodist.job import Job, num_ranks
 from autodist.prepare import prepare, prepared_job
 from autodist.runtime import compat
-from autodist.runtime.parameters import containers, distribute, unshard
+from autodist.runtime.compat import tree_map
+from autodist.runtime.parameters import containers, distribute, whole_value
 
 _SHOWN = 8
 _TINY = 1e-30
@@ -249,7 +249,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _whole(parameter: nn.Parameter) -> nn.Parameter:
     kept = parameter.detach()
-    value = unshard(kept) if isinstance(kept, DTensor) else kept.clone()
+    value = whole_value(kept) if isinstance(kept, DTensor) else kept.clone()
     return nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 

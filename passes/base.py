@@ -25,11 +25,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from autodist.passes.analysis.hardware import Hardware
 from autodist.passes.analysis.layers import folded_text, graph_text, operator_name
 from autodist.runtime import compat
+from autodist.runtime.compat import tree_leaves
 
 
 class Phase(Enum):

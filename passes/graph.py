@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_leaves, tree_map
 
 from autodist.runtime import compat
+from autodist.runtime.compat import tree_leaves, tree_map
 
 _aten = torch.ops.aten
 

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from autodist.passes.base import Context, Pass, Phase
 from autodist.passes.graph import output_of
+from autodist.runtime import compat
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,9 @@ class Autocast(Pass):
         body = graph.graph
         first = next(n for n in body.nodes if n.op != "placeholder")
         with body.inserting_before(first):
-            enter = body.call_function(
-                torch.amp.autocast_mode._enter_autocast, (self.device_type, self.dtype, True, True)
-            )
+            enter = body.call_function(compat.enter_autocast, (self.device_type, self.dtype, True, True))
         with body.inserting_before(output_of(graph)):
-            leave = body.call_function(torch.amp.autocast_mode._exit_autocast, (enter,))
+            leave = body.call_function(compat.exit_autocast, (enter,))
         enter.meta["example_value"] = leave.meta["example_value"] = None
         context.decide("program", f"autocast to {self.dtype}", "the plan asks for this precision")
         return graph

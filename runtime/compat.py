@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -22,25 +23,41 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._logging import trace_structured
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_any, tree_flatten, tree_leaves, tree_map
 
 __all__ = [
     "CustomPartitionerFn",
     "FakeTensor",
     "FakeTensorMode",
+    "OpOverload",
+    "TorchDispatchMode",
     "aot_autograd",
     "compile_fx",
     "compile_fx_inner",
-    "detect_fake_mode",
+    "enter_autocast",
+    "exit_autocast",
     "min_cut_rematerialization_partition",
     "trace_structured",
+    "tree_any",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
 ]
+
+
+def plain_functions() -> contextlib.AbstractContextManager[None]:
+    """Within, subclasses' ``__torch_function__`` is not asked; results are plain tensors."""
+    return torch._C.DisableTorchFunctionSubclass()  # type: ignore[no-any-return]
 
 
 # --- process groups --------------------------------------------------------------------------------
@@ -107,16 +124,19 @@ def second_store_handle(store: dist.Store, seconds: float) -> dist.Store:
 
 def dynamo_frame_locals() -> dict[str, Any]:
     """Locals of the outermost frame Dynamo is tracing; empty when it is not tracing."""
+    current = InstructionTranslator.current_tx
+    # Outside of a trace, torch 2.11 answers None once the thread has traced anything; else it is an error.
     try:
-        translator = InstructionTranslator.current_tx()
+        translator = current()
     except AttributeError:
-        return {}
-    return dict(translator.output.root_tx.f_locals)
+        translator = None
+    return {} if translator is None else dict(translator.output.root_tx.f_locals)
 
 
 def python_frames() -> Iterator[Any]:
-    """Python frames on the stack, outermost first."""
-    frames = [frame for frame, _ in traceback.walk_stack(None)]
+    """Python frames on the stack, outermost first, the caller's last."""
+    # Without a frame to start from, how many walk_stack leaves out depends on Python's version.
+    frames = [frame for frame, _ in traceback.walk_stack(sys._getframe(1))]
     return reversed(frames)  # type: ignore[return-value]
 
 
@@ -145,10 +165,16 @@ def placeholder_index(node: torch.fx.Node) -> int | None:
 
 
 def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give ``function`` the calling convention AOTAutograd uses: one list, emptied by the callee."""
+    """Give ``function`` the calling convention AOTAutograd uses: all arguments in one list."""
     from functorch.compile import make_boxed_func
 
     return make_boxed_func(function)
+
+
+def takes_list(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell AOTAutograd that ``function`` has that calling convention already."""
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
 
 
 def inductor_mode_options(mode: str | None) -> dict[str, Any]:
@@ -181,8 +207,6 @@ def size_hint(size: Any, default: int = 1) -> int:
         hint = size.node.hint if size.node.has_hint() else None
         return default if hint is None else int(hint)
     return int(size)
-
-
 
 
 def is_fake_group(name: str) -> bool:
@@ -264,6 +288,11 @@ def _asked_backend(module: torch.nn.Module) -> Any:
     return wrapped
 
 
+def has_gradient_hooks(tensor: torch.Tensor) -> bool:
+    """Whether anything is to be called with, or after, the gradient of ``tensor``."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
 # --- memory and costs ------------------------------------------------------------------------------
 
 
@@ -286,7 +315,7 @@ def flop_formula(target: Any) -> Callable[..., Any] | None:
 
 def is_mutating(target: Any) -> bool:
     """Whether an operator writes to one of its arguments."""
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 # --- what a graph's nodes hold ---------------------------------------------------------------------
@@ -304,7 +333,7 @@ def operator_arguments(target: Any) -> list[tuple[str, str]]:
             declared = declared.getElementType()
         return declared.kind()
 
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return []
     return [(a.name, kind(a.real_type)) for a in target._schema.arguments]
 

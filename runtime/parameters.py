@@ -11,11 +11,14 @@ Invariants:
 - one parameter object stays one object: a parameter used by several modules becomes one DTensor used by
   the same modules;
 - a stale reference is loud: the plain parameter that was replaced raises on any use
-  (:class:`MovedParameter`), so nothing can train a tensor the model no longer holds.
+  (:class:`MovedParameter`), so nothing can train a tensor the model no longer holds;
+- so is a lost write: a weight read eagerly is a copy, and refuses what only the parameter itself
+  could take, in-place changes and hooks (:class:`GatheredWeight`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils._pytree import tree_any, tree_map
 
 from autodist.runtime import compat, dialect
+from autodist.runtime.compat import tree_any, tree_map
 
 DP_AXIS = "dp"
 
@@ -73,11 +76,110 @@ def unshard(parameter: Tensor) -> Tensor:
     group = compat.mesh_group_name(mesh)
     local = parameter.to_local()
     name = parameter_name(parameter)
-    if name is not None:  # a real parameter, read eagerly: in a graph the compiler has checked the order
+    if name is None:  # in a graph being captured, where the compiler checks order and writes
+        return _gather(parameter, local, group)
+    job = getattr(parameter, "_autodist_job", None)
+    monitor = job.monitor if job is not None else None
+    with contextlib.nullcontext() if monitor is None else monitor.guard(f"a read of '{name}'"):
         check_same(name, f"reads '{name}'", group, local.device)
+        whole = _gather(parameter, local, group).as_subclass(GatheredWeight)
+    whole.weight_name = name
+    return whole
+
+
+def whole_value(parameter: Tensor) -> Tensor:
+    """A plain tensor, the caller's own, of a parameter's whole value; collective."""
+    with torch.no_grad():
+        return plain_tensor(unshard(parameter))  # type: ignore[no-any-return]
+
+
+def _gather(parameter: DTensor, local: Tensor, group: str) -> Tensor:
+    size = parameter.device_mesh.size()
     if parameter.placements == (Replicate(),):
-        return dialect.replica(local, mesh.size(), local.dtype, group)
-    return dialect.unshard(local, parameter.shape[0], mesh.size(), local.dtype, group)
+        return dialect.replica(local, size, local.dtype, group)
+    return dialect.unshard(local, parameter.shape[0], size, local.dtype, group)
+
+
+class LostWriteError(RuntimeError):
+    """A program changes a gathered copy of a weight where it means the weight."""
+
+
+class GatheredWeight(Tensor):
+    """A weight read eagerly: a copy of the whole, computed with as with any tensor.
+
+    What would be lost with the copy raises :class:`LostWriteError`: in-place changes (of views too),
+    ``.data =``, ``.grad =``, hooks and ``requires_grad``. Results that are not views are plain tensors.
+    """
+
+    weight_name: str
+
+    @classmethod
+    @compat.not_alone
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = kwargs.get("out", args[0] if args else None)
+        if isinstance(target, GatheredWeight) and ("out" in kwargs or _changes_its_tensor(func)):
+            raise LostWriteError(
+                f"'{target.weight_name}' is sharded: reading it gives a gathered copy, and "
+                f"{_readable_name(func)} on that copy would not reach the parameter. Use the parameter "
+                f"itself, dict(model.named_parameters())['{target.weight_name}'], a DTensor, or load new "
+                "values with model.load_state_dict."
+            )
+        with compat.plain_functions():
+            result = func(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return result
+            weight = next((a for a in args if isinstance(a, GatheredWeight)), None)
+            return result if weight is None else tree_map(lambda r: _mark_view(r, weight), result)
+
+
+def plain_tensor(value: Any) -> Any:
+    """A :class:`GatheredWeight` as the tensor it is; anything else as it comes."""
+    if not isinstance(value, GatheredWeight):
+        return value
+    with compat.plain_functions():
+        return value.as_subclass(Tensor)
+
+
+_CHANGES = {
+    Tensor.register_hook,
+    Tensor.register_post_accumulate_grad_hook,
+    Tensor.retain_grad,
+    Tensor.requires_grad_,
+    Tensor.__setitem__,
+    Tensor.data.__set__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    Tensor.grad.__set__,  # type: ignore[attr-defined]
+}
+
+
+@compat.not_alone
+def _changes_its_tensor(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return func in _CHANGES or in_place or (name.startswith("__i") and name not in _NOT_IN_PLACE)
+
+
+_NOT_IN_PLACE = {"__invert__", "__index__", "__int__", "__iter__", "__init__"}
+
+
+def _readable_name(func: Any) -> str:
+    owner = getattr(getattr(func, "__self__", None), "__name__", "")
+    verb = {"__get__": f"reading .{owner}", "__set__": f"setting .{owner}"}
+    return verb.get(func.__name__, f"{func.__name__}()")
+
+
+@compat.not_alone
+def _mark_view(result: Any, weight: GatheredWeight) -> Any:
+    """A result in the copy's memory is still the copy."""
+    if type(result) is Tensor and result.layout is torch.strided and result.numel() > 0:
+        same = result.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        if same:
+            result = result.as_subclass(GatheredWeight)
+            result.weight_name = weight.weight_name
+    return result
 
 
 class MixedReadError(RuntimeError):
@@ -196,7 +298,11 @@ def _write_container(name: str, module: nn.Module, value: Any) -> None:
 
 
 def move(old: nn.Parameter, name: str, new: nn.Parameter) -> None:
-    """Turn ``old`` into a :class:`MovedParameter` and give its memory back."""
+    """Turn ``old`` into a :class:`MovedParameter` and give its memory back.
+
+    Attributes that the user set on it (``no_weight_decay = True``) go on to ``new``.
+    """
+    vars(new).update({k: v for k, v in vars(old).items() if k not in vars(new)})
     new._autodist_name = name  # type: ignore[attr-defined]
     if old.requires_grad:
         old.register_hook(functools.partial(_refuse_gradient, name))

@@ -1,4 +1,4 @@
-"""Every private torch API autodist uses, held to the signature it relies on.
+"""Every private torch API autodist uses, held to the signature and the behaviour it relies on.
 
 When a torch release moves or changes one, the failing test here names it; the rest of the suite need not be
 read to find out. Quick: run on every supported torch version.
@@ -6,16 +6,192 @@ read to find out. Quick: run on every supported torch version.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import inspect
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import autodist.backend
 from autodist.runtime import compat
+
+aten = torch.ops.aten
+
+
+# --- nothing is left out ---------------------------------------------------------------------------
+
+
+def test_every_public_name_is_used_here() -> None:
+    """A name without a test would move unnoticed."""
+    here = ast.walk(ast.parse(Path(__file__).read_text()))
+    used = {n.attr for n in here if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "compat"}
+    defined = {n for n, v in vars(compat).items() if getattr(v, "__module__", "") == compat.__name__}
+    public = {n for n in defined if not n.startswith("_")} | set(compat.__all__)
+    assert len(public) > 40
+    assert not public - used, "names of compat.py without a test in this file"
+
+
+FOLDERS = ("autodist", "passes", "runtime", "kernels")
+# Operators' names are part of ATen's and c10d's schemas, underscore or not. The other two have been in use
+# everywhere for so long that torch cannot move them.
+NOT_PRIVATE = ("torch.ops.", "torch._dynamo.reset", "torch._dynamo.allow_in_graph")
+# nn.Module's dictionaries have a test below; the initialiser is Hugging Face's.
+ATTRIBUTES = ("_parameters", "_buffers", "_init_weights")
+
+
+class PrivateUses(ast.NodeVisitor):
+    """Collects, as ``line: name``, the private names of torch that a program imports or touches.
+
+    Followed are imports, names given to parts of torch (``_aten = torch.ops.aten``) and chains of
+    attributes. Of other objects the type is not known: a private attribute counts as torch's unless the
+    program itself defines one of that name.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.found: list[str] = []
+        self._paths: dict[str, str] = {}
+        self._own: set[str] = set()
+        program = ast.parse(source)
+        for node in ast.walk(program):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                self._own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                self._own.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _of_self(node):
+                self._own.add(node.attr)
+        self.visit(program)
+
+    def _check(self, node: ast.AST, path: str) -> None:
+        allowed = path.startswith(NOT_PRIVATE)
+        if path.startswith("torch.") and not allowed and any(map(_is_private, path.split("."))):
+            self.found.append(f"{node.lineno}: {path}")  # type: ignore[attr-defined]
+
+    def _check_attribute(self, node: ast.AST, name: str) -> None:
+        known = name in ATTRIBUTES or name in self._own or name.startswith("_autodist_")
+        if _is_private(name) and not known:
+            self.found.append(f"{node.lineno}: .{name}")  # type: ignore[attr-defined]
+
+    def _path(self, node: ast.AST) -> str | None:
+        """The dotted path of a name or of a chain of attributes that starts from an imported module."""
+        if isinstance(node, ast.Name):
+            return self._paths.get(node.id)
+        if isinstance(node, ast.Attribute) and (path := self._path(node.value)):
+            return f"{path}.{node.attr}"
+        return None
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            self._check(node, alias.name)
+            top = alias.name.split(".")[0]
+            self._paths[alias.asname or top] = alias.name if alias.asname else top
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        for alias in node.names:
+            path = f"{node.module}.{alias.name}"
+            self._check(node, path)
+            self._paths[alias.asname or alias.name] = path
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.generic_visit(node)
+        for target in node.targets:
+            pairs: list[tuple[ast.expr, ast.expr]] = [(target, node.value)]
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(target.elts, node.value.elts, strict=False))
+            for name, value in pairs:
+                if isinstance(name, ast.Name) and (path := self._path(value)):
+                    self._paths[name.id] = path
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if path := self._path(node):
+            self._check(node, path)
+            return
+        if not _of_self(node):
+            self._check_attribute(node, node.attr)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        match node:
+            case ast.Call(ast.Name("getattr" | "setattr" | "hasattr"), [value, ast.Constant(str(name)), *_]):
+                path = self._path(value)
+                if path:
+                    self._check(node, f"{path}.{name}")
+                else:
+                    self._check_attribute(node, name)
+        self.generic_visit(node)
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _of_self(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def test_private_torch_is_touched_in_one_place() -> None:
+    root = Path(__file__).parent.parent
+    files = [p for folder in FOLDERS for p in sorted((root / folder).rglob("*.py"))]
+    assert len(files) > 30
+    found = [
+        f"{path.relative_to(root)}:{use}"
+        for path in files
+        if path != root / "runtime" / "compat.py"
+        for use in PrivateUses(path.read_text()).found
+    ]
+    assert not found, "private torch outside of runtime/compat.py:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch._inductor.config", ["1: torch._inductor.config"]),
+        ("from torch.utils._pytree import tree_map", ["1: torch.utils._pytree.tree_map"]),
+        ("from torch.amp.autocast_mode import _cast", ["1: torch.amp.autocast_mode._cast"]),
+        ("import torch.distributed as dist\nf(dist._make())", ["2: torch.distributed._make"]),
+        ("import torch\na, b = torch.ops, torch.fx\nb._x", ["3: torch.fx._x"]),
+        ("import torch\nhasattr(torch.fx, '_x')", ["2: torch.fx._x"]),
+        ("def f(tensor):\n    return tensor._base", ["2: ._base"]),
+        ("def f(tensor):\n    return getattr(tensor, '_base')", ["2: ._base"]),
+        ("import torch\na = torch.ops.aten\na._to_copy, torch.__version__, torch._dynamo.reset()", []),
+        ("class C:\n    def f(self, other):\n        self._x = 1\n        return other._x, self._y", []),
+        ("import sys\nsys._getframe()", []),
+    ],
+)
+def test_the_search_for_private_names_finds_them(source: str, found: list[str]) -> None:
+    assert PrivateUses(source).found == found
+
+
+def test_modules_keep_parameters_and_buffers_in_dictionaries() -> None:
+    """Read and written all over autodist, and by other libraries: what stands there is what a name yields."""
+    module = nn.BatchNorm1d(2)
+    assert list(module._parameters) == ["weight", "bias"]
+    assert set(module._buffers) == {"running_mean", "running_var", "num_batches_tracked"}
+    other = nn.Parameter(torch.zeros(2))
+    module._parameters["weight"] = other
+    assert module.weight is other and dict(module.named_parameters())["weight"] is other
+    del module._buffers["running_mean"]
+    assert not hasattr(module, "running_mean")
+
+
+# --- signatures and options --------------------------------------------------------------------------
 
 
 def parameters_of(function: Any) -> list[str]:
@@ -53,7 +229,6 @@ def test_partitioner_options_exist() -> None:
 
     for option in ("custom_partitioner_fn", "reorder_for_peak_memory", "reorder_for_locality"):
         assert hasattr(config, option)
-    assert hasattr(torch._functorch.config, "enable_autograd_cache")
 
 
 def test_inductor_modes() -> None:
@@ -62,31 +237,152 @@ def test_inductor_modes() -> None:
     assert compat.inductor_mode_options("max-autotune")["max_autotune"] is True
 
 
+@pytest.mark.parametrize("option", ["enable_autograd_cache", "ban_recompute_materialized_backward"])
+def test_functorch_options_hold_within(option: str) -> None:
+    config = torch._functorch.config
+    before = getattr(config, option)
+    with compat.functorch_patch(**{option: not before}):
+        assert getattr(config, option) is not before
+    assert getattr(config, option) is before
+    with pytest.raises(AttributeError, match="no_such_option"), compat.functorch_patch(no_such_option=1):
+        pass
+
+
+# --- process groups --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[str]:
+    """The group of a mesh of one real rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield compat.mesh_group_name(init_device_mesh("cpu", (1,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_groups_by_name() -> None:
+    with compat.fake_ranks(6):
+        mesh = init_device_mesh("cpu", (2, 3), mesh_dim_names=("outer", "inner"))
+        outer, inner = (compat.mesh_group_name(mesh[axis]) for axis in ("outer", "inner"))
+        assert compat.process_group(outer) is mesh.get_group("outer")
+        assert (compat.group_size(outer), compat.group_size(inner)) == (2, 3)
+        assert compat.group_rank(outer) == compat.group_rank(inner) == 0
+        assert compat.group_ranks(outer) == [0, 3] and compat.group_ranks(inner) == [0, 1, 2]
+
+
+def test_fake_ranks_communicate_without_data() -> None:
+    with compat.fake_ranks(4):
+        group = compat.mesh_group_name(init_device_mesh("cpu", (4,)))
+        assert compat.is_fake_group(group) and dist.get_world_size() == 4
+        started = torch.ops._c10d_functional.all_gather_into_tensor(torch.ones(2, 3), 4, group)
+        assert torch.ops._c10d_functional.wait_tensor(started).shape == (8, 3)
+    assert not dist.is_initialized()
+    with one_rank() as group:
+        assert not compat.is_fake_group(group)
+
+
+def test_the_default_store() -> None:
+    with one_rank():
+        compat.default_store().set("key", "value")
+        assert compat.default_store().get("key") == b"value"
+
+
+def test_group_timeout() -> None:
+    """That the timeout ends a wait takes two processes: see tests/test_monitor.py."""
+    with one_rank() as name, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group = compat.process_group(name)
+        compat.set_group_timeout(group, 7)
+        options = group._get_backend(torch.device("cpu")).options
+        assert options._timeout == timedelta(seconds=7)
+
+
+def tcp_store(folder: Path) -> dist.Store:
+    return dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+
+
+def file_store(folder: Path) -> dist.Store:
+    return dist.FileStore(str(folder / "store"), 1)
+
+
+@pytest.mark.parametrize("make", [tcp_store, file_store])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_second_store_handle_has_its_own_wait(
+    make: Callable[[Path], dist.Store], prefix: bool, tmp_path: Path
+) -> None:
+    store = make(tmp_path)
+    if prefix:
+        store = dist.PrefixStore("inner", dist.PrefixStore("outer", store))
+    store.set_timeout(timedelta(seconds=30))
+    second = compat.second_store_handle(store, 0.1)
+    store.set("key", "value")
+    assert second.get("key") == b"value"
+    waiting = threading.Thread(target=store.get, args=("later",), daemon=True)
+    waiting.start()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):  # its own timeout, while the first handle waits
+        second.get("never")
+    assert time.monotonic() - began < 10
+    assert waiting.is_alive()
+    second.set("later", "now")
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_store_in_one_process_is_its_own_second_handle(prefix: bool) -> None:
+    store: dist.Store = dist.HashStore()
+    before = store.timeout
+    if prefix:
+        store = dist.PrefixStore("inner", store)
+    second = compat.second_store_handle(store, 0.1)
+    second.set("key", "value")
+    assert store.get("key") == b"value"
+    assert store.timeout == second.timeout == before
+
+
+# --- Dynamo and AOTAutograd ------------------------------------------------------------------------
+
+
 class Recorder:
     """A backend that keeps what a backend may ask for while Dynamo calls it."""
 
-    def __init__(self) -> None:
+    def __init__(self, restart: bool = True) -> None:
         self.calls = 0
+        self.restart = restart
         self.root: nn.Module | None = None
+        self.trained: set[int] = set()
         self.joint_inputs: list[int | None] = []
+        self.gradients: list[int | None] = []
+        self.received: list[Any] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         self.calls += 1
         self.root = compat.dynamo_frame_locals().get("self")
-        if self.calls == 1:
+        self.trained = {i for i, x in enumerate(inputs) if x.requires_grad}
+        if self.calls == 1 and self.restart:
             compat.retrace()
 
         def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
             holders = joint.graph.find_nodes(op="placeholder")
-            self.joint_inputs = [compat.placeholder_index(p) for p in holders]
+            tensors = [p for p in holders if isinstance(p.meta["val"], torch.Tensor)]
+            self.joint_inputs = [compat.placeholder_index(p) for p in tensors]
             return compat.min_cut_rematerialization_partition(joint, joint_inputs, **options)
 
-        def compiler(gm: torch.fx.GraphModule, example: Any) -> Any:
+        def forward(gm: torch.fx.GraphModule, example: Any) -> Any:
+            def call(arguments: list[Any]) -> Any:
+                self.received.append(arguments)
+                return gm.forward(*arguments)
+
+            return compat.takes_list(call)
+
+        def backward(gm: torch.fx.GraphModule, example: Any) -> Any:
+            (output,) = gm.graph.find_nodes(op="output")
+            self.gradients = [compat.gradient_index(d) for d in output.meta["desc"]]
             return compat.boxed(gm.forward)
 
-        backend = compat.aot_autograd(
-            fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition
-        )
+        backend = compat.aot_autograd(fw_compiler=forward, bw_compiler=backward, partition_fn=partition)
         return backend(graph, inputs)
 
 
@@ -100,7 +396,7 @@ class Affine(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def test_retrace_and_placeholders() -> None:
+def test_retrace_placeholders_and_gradients() -> None:
     torch._dynamo.reset()
     recorder, model = Recorder(), Affine()
     out = torch.compile(model, backend=recorder)(torch.ones(4, 2))
@@ -109,20 +405,76 @@ def test_retrace_and_placeholders() -> None:
     assert recorder.root is model
     assert sorted(i for i in recorder.joint_inputs if i is not None) == [0, 1, 2]
     assert None in recorder.joint_inputs  # the tangent
+    assert len(recorder.trained) == 2
+    assert {i for i in recorder.gradients if i is not None} == recorder.trained
+    (received,) = recorder.received
+    assert isinstance(received, list)
+    assert model.bias.grad is not None and model.bias.grad.tolist() == [4, 4, 4]
+
+
+def test_the_shard_of_a_dtensor_is_the_input_that_the_dtensor_was() -> None:
+    """From torch 2.13 its mesh is a placeholder too, described as part of the same input."""
+    torch._dynamo.reset()
+    recorder = Recorder(restart=False)
+    with compat.fake_ranks(2):
+        mesh = init_device_mesh("cpu", (2,))
+        made = DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)], run_check=False)
+        weight = made.requires_grad_()
+        compiled = torch.compile(lambda x, w: x * w.to_local(), backend=recorder)
+        compiled(torch.ones(2, 2), weight).sum().backward()
+    assert sorted(i for i in recorder.joint_inputs if i is not None) == [0, 1]
+    assert len(recorder.trained) == 1
+    assert {i for i in recorder.gradients if i is not None} == recorder.trained
+
+
+def test_frame_locals_outside_of_a_trace() -> None:
+    found: list[dict[str, Any]] = []
+    fresh = threading.Thread(target=lambda: found.append(compat.dynamo_frame_locals()))
+    fresh.start()
+    fresh.join()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    found.append(compat.dynamo_frame_locals())
+    assert found == [{}, {}]  # in a thread that has never traced, and in one that has
+
+
+def test_python_frames_end_with_the_caller() -> None:
+    def inner() -> list[Any]:
+        return list(compat.python_frames())
+
+    frames = inner()
+    assert [f.f_code.co_name for f in frames[-2:]] == ["test_python_frames_end_with_the_caller", "inner"]
+    assert frames[-2] is sys._getframe()
+
+
+def test_boxed_functions_take_a_list() -> None:
+    assert compat.boxed(lambda a, b: a - b)([5, 3]) == 2
 
 
 def test_compiled_module_and_backend() -> None:
     model = nn.Linear(2, 2)
     assert compat.compiled_module(model) is None
+    assert compat.compiled_module("not a module") is None
     wrapped = torch.compile(model, backend="autodist")
     assert compat.compiled_module(wrapped) is model
     assert compat.compile_backend(wrapped) is autodist.backend.autodist
+    assert compat.compile_options(wrapped) is None
     model.compile(backend="autodist")
     assert compat.compiled_module(model) is model
     assert compat.compile_backend(model) is autodist.backend.autodist
+    assert compat.compile_options(model) is None
     assert compat.compile_backend(torch.compile(nn.Linear(1, 1), backend="eager")) is not (
         autodist.backend.autodist
     )
+
+
+def test_compile_options() -> None:
+    model, options = nn.Linear(2, 2), {"zero": 1}
+    wrapped = torch.compile(model, backend="autodist", options=options)
+    assert compat.compile_options(wrapped) == options
+    assert compat.compile_backend(wrapped) is autodist.backend.autodist
+    model.compile(backend="autodist", options=options)
+    assert compat.compile_options(model) == options
+    assert compat.compile_backend(model) is autodist.backend.autodist
 
 
 def test_functions_marked_not_alone_are_not_captured() -> None:
@@ -146,17 +498,219 @@ def test_the_entry_point_lists_the_backend() -> None:
     assert "autodist" in torch._dynamo.list_backends()
 
 
-def test_size_hints() -> None:
+# --- Inductor ----------------------------------------------------------------------------------------
+
+
+class Partitioner(compat.CustomPartitionerFn):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, gm: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        self.calls += 1
+        return compat.min_cut_rematerialization_partition(gm, joint_inputs, **options)
+
+    def uuid(self) -> str:
+        return "test_compat"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.uuid(),)
+
+
+def test_inductor_compiles_both_parts_and_shows_its_programs() -> None:
+    """Only a library call in the graph, so that no C++ is compiled."""
+    torch._dynamo.reset()
+    partitioner, programs = Partitioner(), {}
+
+    def inner(gm: torch.fx.GraphModule, example_inputs: Any, **options: Any) -> Any:
+        compiled = compat.compile_fx_inner(gm, example_inputs, **options)
+        part = "backward" if options.get("is_backward") else "forward"
+        programs["inference" if options.get("is_inference") else part] = compat.emitted_program(compiled)
+        return compiled
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        patches = {"custom_partitioner_fn": partitioner}
+        return compat.compile_fx(graph, inputs, inner_compile=inner, config_patches=patches)
+
+    compiled = torch.compile(lambda x, w: x @ w, backend=backend)
+    weight = torch.ones(3, 4, requires_grad=True)
+    with compat.functorch_patch(enable_autograd_cache=False):
+        compiled(torch.full((2, 3), 5.0), weight).sum().backward()
+        assert weight.grad is not None and (weight.grad == 10).all()
+        with torch.no_grad():
+            compiled(torch.ones(2, 3), weight)
+    assert partitioner.calls == 1
+    assert set(programs) == {"forward", "backward", "inference"}
+    for program in programs.values():
+        functions = [n.name for n in ast.walk(ast.parse(program)) if isinstance(n, ast.FunctionDef)]
+        assert "call" in functions and "extern_kernels.mm(" in program
+
+
+def test_structured_trace(tmp_path: Path) -> None:
+    assert not compat.structured_trace_enabled()
+    program = (
+        "from autodist.runtime import compat\n"
+        "assert compat.structured_trace_enabled()\n"
+        "compat.trace_structured('artifact', metadata_fn=lambda: {'name': 'mine', 'encoding': 'string'},"
+        " payload_fn=lambda: 'the payload')"
+    )
+    environment = {**os.environ, "TORCH_TRACE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
+    (log,) = tmp_path.iterdir()
+    assert '"artifact": {"name": "mine"' in log.read_text() and "\tthe payload" in log.read_text()
+
+
+# --- sizes and fake tensors ------------------------------------------------------------------------
+
+
+def test_symbolic_sizes() -> None:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     assert compat.size_hint(5) == 5
+    unknown = ShapeEnv().create_unbacked_symint()
+    assert compat.size_hint(unknown) == 1 and compat.size_hint(unknown, default=3) == 3
     torch._dynamo.reset()
     seen: list[int] = []
+    expressions: list[Any] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        seen.extend(compat.size_hint(i) for i in inputs if isinstance(i, (int, torch.SymInt)))
+        sizes = [i for i in inputs if isinstance(i, torch.SymInt)]
+        seen.extend(compat.size_hint(s) for s in sizes)
+        expressions.extend(tuple(map(compat.symbolic_expression, (s, 2 * s + 1))) for s in sizes)
         return graph.forward
 
     torch.compile(lambda x: x * 2, backend=keep, dynamic=True)(torch.ones(7))
     assert 7 in seen
+    for size, made in expressions:
+        assert size.is_Symbol and made == 2 * size + 1 and made.free_symbols == {size}
+
+
+def test_fake_tensors_and_their_mode() -> None:
+    mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fake = torch.ones(2, 3)
+        weight = nn.Parameter(torch.ones(3, 2))
+        product = fake @ weight
+    assert isinstance(fake, compat.FakeTensor) and isinstance(product, compat.FakeTensor)
+    assert isinstance(weight, compat.FakeTensor) and isinstance(weight, nn.Parameter)
+    assert product.shape == (2, 2)
+    real = torch.ones(3, 4)
+    with mode:
+        assert isinstance(fake @ real, compat.FakeTensor)
+    assert compat.fake_mode_of([3, real, product]) is mode
+    assert compat.fake_mode_of([3, real]) is None
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda x: x[0].item(), lambda x: bool((x > 0).all()), torch.nonzero, lambda x: x[x > 0]],
+    ids=["item", "bool", "nonzero", "mask"],
+)
+def test_operations_that_need_data(operation: Callable[[torch.Tensor], Any]) -> None:
+    with compat.FakeTensorMode():
+        x = torch.ones(3)
+        with pytest.raises(Exception) as caught:
+            operation(x)
+        assert compat.needs_data(caught.value)
+        with pytest.raises(RuntimeError) as caught:
+            x + torch.ones(2)
+        assert not compat.needs_data(caught.value)
+
+
+# --- operators -------------------------------------------------------------------------------------
+
+
+def test_operators() -> None:
+    assert isinstance(aten.mm.default, compat.OpOverload)
+    assert not isinstance(aten.mm, compat.OpOverload) and not isinstance(torch.mm, compat.OpOverload)
+    assert str(aten.mm.default) == "aten.mm.default" and aten.mm.default.overloadpacket is aten.mm
+
+
+def test_which_operators_write() -> None:
+    assert compat.is_mutating(aten.add_.Tensor) and compat.is_mutating(aten.mm.out)
+    assert not compat.is_mutating(aten.add.Tensor) and not compat.is_mutating(torch.add)
+
+
+def test_declared_arguments() -> None:
+    found = compat.operator_arguments(aten.sum.dim_IntList)
+    assert found == [
+        ("self", "TensorType"), ("dim", "IntType"), ("keepdim", "BoolType"), ("dtype", "ScalarTypeType")
+    ]
+    assert compat.operator_arguments(aten.view.default) == [("self", "TensorType"), ("size", "SymIntType")]
+    assert compat.operator_arguments(aten.cat.default) == [("tensors", "TensorType"), ("dim", "IntType")]
+    assert compat.operator_arguments(aten.add.Scalar)[1] == ("other", "NumberType")
+    assert compat.operator_arguments(torch.add) == []
+
+
+def test_flop_formulas() -> None:
+    formula = compat.flop_formula(aten.mm.default)
+    assert formula is not None and formula((2, 3), (3, 4), out_val=(2, 4)) == 2 * 2 * 3 * 4
+    formula = compat.flop_formula(aten.convolution.default)
+    assert formula is not None
+    sizes = (2, 3, 8, 8), (5, 3, 3, 3)
+    given = (*sizes, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    assert formula(*given, out_val=(2, 5, 8, 8)) == 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)
+    assert compat.flop_formula(aten.add.Tensor) is None and compat.flop_formula(torch.mm) is None
+
+
+def test_autocast_by_function_calls() -> None:
+    x = torch.ones(2, 2)
+    entered = compat.enter_autocast("cpu", torch.bfloat16, True, True)
+    inside = (x @ x).dtype
+    compat.exit_autocast(entered)
+    assert inside is torch.bfloat16 and (x @ x).dtype is torch.float32
+
+
+def test_dispatch_modes_see_every_operator() -> None:
+    seen = []
+
+    class Listener(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with compat.FakeTensorMode(), Listener():  # below it, the fake mode still makes the values
+        result = torch.addmm(torch.ones(2), torch.ones(2, 2), torch.ones(2, 2))
+    assert isinstance(result, compat.FakeTensor)
+    assert aten.addmm.default in seen and aten.ones.default in seen
+
+
+# --- tensors ---------------------------------------------------------------------------------------
+
+
+def test_storage_keys() -> None:
+    x, y = torch.ones(4), torch.ones(4)
+    assert compat.storage_key(x) == compat.storage_key(x[2:]) == compat.storage_key(x.view(2, 2))
+    assert compat.storage_key(x) != compat.storage_key(y)
+    with compat.FakeTensorMode():
+        fake, other = torch.ones(4), torch.ones(4)
+        assert compat.storage_key(fake) == compat.storage_key(fake[2:]) != compat.storage_key(other)
+
+
+def test_gradient_hooks_are_seen() -> None:
+    def hook(_: torch.Tensor) -> None:
+        pass
+
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        parameter = nn.Parameter(torch.ones(2))
+        assert not compat.has_gradient_hooks(parameter)
+        handle = getattr(parameter, register)(hook)
+        assert compat.has_gradient_hooks(parameter)
+        handle.remove()
+        assert not compat.has_gradient_hooks(parameter)
+
+
+def test_plain_functions_do_not_ask_subclasses() -> None:
+    class Refuses(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise AssertionError(f"asked about {func}")
+
+    x = torch.ones(2).as_subclass(Refuses)
+    with pytest.raises(AssertionError, match="asked about"):
+        x + 1
+    with compat.plain_functions():
+        result = x + 1
+    assert type(result) is torch.Tensor and result.tolist() == [2, 2]
 
 
 def test_moved_parameters_keep_their_class_layout() -> None:
@@ -170,3 +724,64 @@ def test_moved_parameters_keep_their_class_layout() -> None:
     with pytest.raises(MovedParameterError):
         old.add_(1)
     assert not isinstance(old, DTensor)
+
+
+# --- nested values ---------------------------------------------------------------------------------
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+def test_trees() -> None:
+    tree = {"a": [1, (2, None)], "b": Pair(3, OrderedDict(c=4))}
+    assert [leaf for leaf in compat.tree_leaves(tree) if leaf is not None] == [1, 2, 3, 4]
+    doubled = compat.tree_map(lambda leaf: leaf if leaf is None else 2 * leaf, tree)
+    assert doubled == {"a": [2, (4, None)], "b": Pair(6, OrderedDict(c=8))}
+    assert isinstance(doubled["b"], Pair) and isinstance(doubled["a"][1], tuple)
+    assert compat.tree_any(lambda leaf: leaf == 4, tree) and not compat.tree_any(lambda leaf: leaf == 5, tree)
+    sizes = torch.Size([2, 3])
+    assert compat.tree_leaves([torch.ones(sizes), "text"])[1] == "text"
+
+
+def test_trees_of_a_nodes_arguments() -> None:
+    """What a node holds are lists and dicts of fx's own: leaves are found in them, and structures compare."""
+    graph = torch.fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    first = graph.call_function(torch.cat, ([x, y],), {"dim": 0})
+    second = graph.call_function(torch.cat, ([y, x],), {"dim": 1})
+    third = graph.call_function(torch.cat, ([x, y, x],), {"dim": 0})
+    leaves, structure = compat.tree_flatten((first.args, first.kwargs))
+    assert leaves == [x, y, 0]
+    assert str(structure) == str(compat.tree_flatten((second.args, second.kwargs))[1])
+    assert str(structure) != str(compat.tree_flatten((third.args, third.kwargs))[1])
+
+
+# --- checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+def test_checkpoints(tmp_path: Path) -> None:
+    values = torch.arange(6.0)
+    state = {"model": {"a.b": values, "c": torch.ones(2)}, "extra": {"step": 3, "list": [1, "two"]}}
+    path = tmp_path / "inner"
+    dcp.save(state, checkpoint_id=str(path), no_dist=True)
+    metadata = dcp.FileSystemReader(path).read_metadata()
+
+    paths = compat.checkpoint_paths(metadata)
+    assert paths["model.a.b"] == ("model", "a.b") and paths["extra.step"] == ("extra", "step")
+    assert set(paths) == set(metadata.state_dict_metadata)
+
+    sizes = {p.name: p.stat().st_size for p in path.iterdir() if p.name != ".metadata"}
+    assert compat.checkpoint_extents(metadata) == sizes
+
+    moved = compat.move_checkpoint_files(metadata, "inner")
+    assert set(compat.checkpoint_extents(moved)) == {f"inner/{name}" for name in sizes}
+    assert compat.checkpoint_extents(metadata) == sizes  # the one given is as it was
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(moved))
+    loaded = {"model": {"a.b": torch.zeros(6)}}
+    dcp.load(loaded, checkpoint_id=str(tmp_path), no_dist=True)
+    assert torch.equal(loaded["model"]["a.b"], values)
+
+    found = compat.load_checkpoint_keys(str(path), {"extra", "model.c"})
+    assert found["extra"] == state["extra"]
+    assert set(found["model"]) == {"c"} and torch.equal(found["model"]["c"], torch.ones(2))

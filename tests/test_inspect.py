@@ -198,7 +198,7 @@ def test_what_it_refuses(
     assert "Traceback" not in captured.err and not captured.out
 
 
-def test_from_the_shell(tmp_path: Path) -> None:
+def test_a_folder_without_artifacts_from_the_shell(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "autodist", "inspect", str(tmp_path)],
         capture_output=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import autodist
 from autodist.runtime.parameters import MixedReadError, MovedParameterError
 from tests.parity import full
-from tests.ranks import run_ranks
+from tests.ranks import RankFailed, run_ranks
 
 EAGER = {"lowering": "eager"}
 
@@ -152,3 +153,58 @@ def gradients_and_hooks() -> None:
 
 def test_earlier_gradients_and_hooks_are_refused() -> None:
     run_ranks(gradients_and_hooks, 2)
+
+
+def lost_writes() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+    model[0].weight.no_decay = True
+    autodist.prepare(model, EAGER)
+    assert dict(model.named_parameters())["0.weight"].no_decay
+    weight = model[0].weight
+    before = weight.clone()
+    assert type(before) is torch.Tensor and type(weight @ weight.t()) is torch.Tensor
+    writes: list[Callable[[], object]] = [
+        lambda: weight.data.clamp_(-0.01, 0.01),
+        lambda: nn.init.zeros_(model[0].weight),
+        lambda: weight[0].zero_(),
+        lambda: weight.__setitem__(0, 1.0),
+        lambda: weight.detach().mul_(2),
+        lambda: torch.mul(weight, 2, out=weight),
+        lambda: weight.register_hook(print),
+        lambda: setattr(weight, "grad", before),
+        lambda: setattr(weight, "data", before),
+        lambda: setattr(weight, "requires_grad", False),
+        lambda: weight.view(-1).requires_grad_(False),
+    ]
+    for number, write in enumerate(writes):
+        with torch.no_grad(), pytest.raises(autodist.LostWriteError, match=r"'0\.weight' is sharded"):
+            print(f"write {number} returned {write()}")
+    with torch.no_grad():
+        weight += 0  # a new name for a new tensor would be wrong as well
+
+
+def test_writes_into_a_copy_are_refused() -> None:
+    with pytest.raises(RankFailed, match=r"LostWriteError: '0\.weight' is sharded"):
+        run_ranks(lost_writes, 2)
+
+
+def a_part_with_its_own_optimizer() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(6, 5)), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x))
+
+    model = Whole()
+    model.body = torch.compile(model.body, backend="autodist", options=EAGER)
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.body, model.head)]
+    model(torch.ones(2, 6)).sum().backward()
+    optimizers[0].step()
+    with pytest.raises(autodist.PrepareError, match=r"'weight'|'head\.weight' of a Whole"):
+        optimizers[1].step()
+
+
+def test_the_uncompiled_rest_of_a_model_is_refused() -> None:
+    run_ranks(a_part_with_its_own_optimizer, 2)

@@ -38,9 +38,13 @@ def test_two_ranks(names: tuple[str, ...]) -> None:
         assert max(errors.values()) < TOLERANCE
 
 
-@pytest.mark.parametrize("names", [("llama_tied", "odds"), ("bert", "mixtral", "resnet")], ids="-".join)
+@pytest.mark.parametrize(
+    "names",
+    [("llama", "llama_tied", "odds"), ("qwen3", "gpt2", "resnet"), ("bert", "t5"), ("mixtral", "vit")],
+    ids="-".join,
+)
 def test_four_ranks(names: tuple[str, ...]) -> None:
-    run_ranks(several, 4, [(n, EAGER) for n in names])
+    run_ranks(several, 4, [(n, EAGER) for n in names], seconds=400)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])

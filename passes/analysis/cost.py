@@ -32,12 +32,12 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves, tree_map
 
 from autodist.passes.analysis.fusion import fuse, is_pointwise, is_view, tensors
 from autodist.passes.analysis.hardware import Hardware
 from autodist.passes.graph import example, tensor_bytes
 from autodist.runtime import compat, dialect
+from autodist.runtime.compat import tree_leaves, tree_map
 
 _aten, _comm = torch.ops.aten, torch.ops._c10d_functional
 

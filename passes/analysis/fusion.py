@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves
 
 from autodist.runtime import compat
+from autodist.runtime.compat import tree_leaves
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
 _MAX_READS, _MAX_READS_SHARED = 8, 4

@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_flatten
+
+from autodist.runtime.compat import OpOverload, tree_flatten
 
 # Folding replaces lines by a heading: below this many saved it makes nothing clearer.
 _MIN_SAVED = 4
@@ -195,7 +196,7 @@ def common_text(texts: Sequence[str]) -> str:
 
 def operator_name(node: Node) -> str:
     """The operator a node calls: ``aten.mm``, ``aten.add.Tensor``, ``getitem``."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return str(node.target).removesuffix(".default")
     return node.target if isinstance(node.target, str) else node.target.__name__
 

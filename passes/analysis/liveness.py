@@ -25,12 +25,12 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from autodist.passes.analysis.cost import collective_bytes, is_collective_start, is_wait
 from autodist.passes.analysis.fusion import Fusion, fuse, storages, tensors
 from autodist.passes.graph import tensor_bytes
 from autodist.runtime import compat
+from autodist.runtime.compat import tree_leaves
 
 _comm = torch.ops._c10d_functional
 _WORKS_ON_COPY = {_comm.all_reduce.default, _comm.all_reduce_coalesced.default}

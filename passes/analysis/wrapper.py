@@ -27,10 +27,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from autodist.runtime import compat
+from autodist.runtime.compat import TorchDispatchMode, tree_leaves
 
 _FILE = "<emitted program>"
 _comm = torch.ops._c10d_functional
