@@ -10,24 +10,29 @@ __version__ = "0.1.0"
 
 from autodist import backend  # noqa: F401  (watches optimizers from now on)
 from autodist.checkpoint import export, load, save
+from autodist.passes.analysis.placement import PlacementError
 from autodist.plan import Plan, PlanError
 from autodist.prepare import PrepareError, prepare
 from autodist.runtime.agreement import DisagreementError, MissingRanksError
 from autodist.runtime.monitor import PeerError
+from autodist.runtime.outputs import DifferentBatchError, WithheldOutputError
 from autodist.runtime.parameters import LostWriteError, MixedReadError, MovedParameterError
 from autodist.verify import Report, verify
 
 __all__ = [
+    "DifferentBatchError",
     "DisagreementError",
     "LostWriteError",
     "MissingRanksError",
     "MixedReadError",
     "MovedParameterError",
     "PeerError",
+    "PlacementError",
     "Plan",
     "PlanError",
     "PrepareError",
     "Report",
+    "WithheldOutputError",
     "__version__",
     "export",
     "load",

@@ -47,7 +47,7 @@ def autodist(
         compat.retrace()
     job = next((j for j in map(job_of, inputs) if j is not None), None)
     if job is None:
-        job = _local_job(dataclasses.replace(Plan.make(options), dp=None), _device(inputs))
+        job = _local_job(dataclasses.replace(Plan.make(options), dp=None, sp=1), _device(inputs))
     else:
         check_same_plan(job.plan, options)
     return compile_graph(graph, inputs, job, mode)

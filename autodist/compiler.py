@@ -1,7 +1,7 @@
 """The compiler: which passes, in which order, and what carries a graph through them.
 
-    captured ──refuse_weight_writes, autocast──> AOTAutograd
-    joint    ──merge_reads, narrow_gathers──> partition
+    captured ──refuse_weight_writes, autocast, sequence_parallel──> AOTAutograd
+    joint    ──ask_policies, unmark, merge_reads, narrow_gathers──> partition
     parts    ──bucket, lower, overlap──> Inductor (or eager)
 
 The order is :func:`default_passes`, here and nowhere else. A graph that needs no gradient is not
@@ -13,6 +13,7 @@ Before a graph's first collective all ranks have compared what they are about to
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,28 +31,45 @@ from autodist.passes.analysis.timeline import Timeline, simulate
 from autodist.passes.analysis.wrapper import wrapper_peak
 from autodist.passes.base import Context, Pass, Phase, Record, operators, run_passes
 from autodist.passes.bucket import Bucket
+from autodist.passes.checkpoints import AskPolicies
 from autodist.passes.graph import num_bytes, parameter_of
 from autodist.passes.lower import Lower
 from autodist.passes.overlap import Overlap
 from autodist.passes.partition import Partition
 from autodist.passes.precision import Autocast
+from autodist.passes.sequence_parallel import POLICIES, SHARDED_OUTPUTS, SequenceParallel, Unmark
 from autodist.passes.writes import RefuseWeightWrites
 from autodist.passes.zero import MergeReads, NarrowGathers
 from autodist.plan import Plan
 from autodist.runtime import compat
 from autodist.runtime.agreement import collective_lines, graph_lines
+from autodist.runtime.outputs import Kept, SameBatch, returned
 from autodist.runtime.parameters import GatheredWeight, check_same, parameter_name, plain_tensor
 
 # Inductor moves nodes to shorten lifetimes and to bring producers to consumers; both undo a schedule.
 KEEP_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
 
 
-def default_passes(plan: Plan, device_type: str) -> list[Pass]:
-    """The passes of ``plan``, in order. Those for other phases than the graph's are skipped."""
+def default_passes(
+    plan: Plan,
+    device_type: str,
+    sequence_group: str | None = None,
+    policies: Mapping[int, Any] | None = None,
+) -> list[Pass]:
+    """The passes of ``plan``, in order. Those for other phases than the graph's are skipped.
+
+    ``sequence_group`` is the group of ranks that share sequences; ``policies`` are those of the checkpoints
+    whose bodies have been inlined.
+    """
     passes: list[Pass] = [RefuseWeightWrites()]
     if plan.precision == "bf16":
         passes.append(Autocast(torch.bfloat16, device_type))
+    if sequence_group is not None:
+        assert plan.dp is not None
+        passes.append(SequenceParallel(plan.sp, sequence_group, plan.dp, plan.outputs, plan.strict))
     passes += [
+        AskPolicies(policies or {}),
+        Unmark(),
         MergeReads(),
         NarrowGathers(),
         Bucket(reduce_at_end=plan.zero == 1),
@@ -105,6 +123,7 @@ class Compilation:
     report: GraphReport
     resident: int
     batch: str
+    policies: Mapping[int, Any] = field(default_factory=dict)
 
     def context(self, phase: Phase) -> Context:
         return Context(
@@ -119,7 +138,9 @@ class Compilation:
         )
 
     def transform(self, graph: GraphModule, phase: Phase) -> GraphModule:
-        passes = default_passes(self.job.plan, self.job.device.type)
+        sequence = self.job.sequence
+        group = None if sequence is None else compat.mesh_group_name(sequence)
+        passes = default_passes(self.job.plan, self.job.device.type, group, self.policies)
         return run_passes(
             graph, passes, self.context(phase), self.report.records, self.job.keep_text
         )
@@ -166,7 +187,7 @@ class Compilation:
 
     def _program(self, graph: GraphModule) -> str:
         """The program before partitioning and lowering, without what legitimately differs by rank."""
-        labels = dict.fromkeys(self.job.group_sizes, "dp")
+        labels = self.job.group_labels
         return "\n".join(graph_lines(graph, group_labels=labels, mask_sizes=True))
 
     def _finish(self, parts: dict[str, GraphModule], program: str) -> None:
@@ -191,7 +212,7 @@ class Compilation:
         agreement = self.job.agreement
         if agreement is None:
             return
-        labels = dict.fromkeys(self.job.group_sizes, "dp")
+        labels = self.job.group_labels
         lines = {n: "\n".join(collective_lines(p, labels)) for n, p in parts.items()}
         if not any(lines.values()):
             return
@@ -233,14 +254,39 @@ def compile_graph(
     )
     job.at(f"compiling graph {report.number}")
     graph = run.transform(graph, Phase.CAPTURED)
+    kept, run.policies = graph.meta.get(SHARDED_OUTPUTS, {}), graph.meta.get(POLICIES, {})
     lower = _inductor if job.plan.lowering == "inductor" and not job.dry_run else _eager
     with compat.functorch_patch(enable_autograd_cache=False):
         compiled = lower(graph, inputs, run, mode)
     if job.is_first_rank:
         _summarise(report)
-    if not any(isinstance(x, GatheredWeight) for x in inputs):
+    return _at_the_border(compiled, inputs, job, kept)
+
+
+def _at_the_border(
+    compiled: Callable[..., Any], inputs: Sequence[Any], job: Job, kept: Mapping[int, Kept]
+) -> Callable[..., Any]:
+    """``compiled``, with what the user's program holds made plain on the way in, and back on the way out."""
+    sequence = job.sequence
+    if sequence is None and not any(isinstance(x, GatheredWeight) for x in inputs):
         return compiled
-    return lambda *arguments: compiled(*map(plain_tensor, arguments))
+    batch = None if sequence is None else SameBatch(sequence, job.device)
+
+    def call(*arguments: Any) -> Any:
+        if batch is not None:
+            with contextlib.nullcontext() if job.monitor is None else job.monitor.guard("comparing batches"):
+                batch.check(arguments)
+        results = compiled(*map(plain_tensor, arguments))
+        if not kept:
+            return results
+        assert sequence is not None
+        as_dtensor = job.plan.outputs == "sharded"
+        return type(results)(
+            returned(r, kept[i], arguments, sequence, as_dtensor) if i in kept else r
+            for i, r in enumerate(results)
+        )
+
+    return call
 
 
 def _names_of(nodes: Sequence[Node], parameters: Mapping[int, str]) -> list[str]:
@@ -353,6 +399,8 @@ def _guarded(compiled: Callable[..., Any], run: Compilation, part: str) -> Calla
 
 
 def _summarise(report: GraphReport) -> None:
+    for decision in (d for r in report.records if r.name == SequenceParallel.name for d in r.decisions):
+        log.info("graph %d: %s %s: %s", report.number, decision.subject, decision.action, decision.reason)
     for name, timeline in report.timelines.items():
         log.info(
             "graph %d %s: predicted %.1f ms, %.1f ms of communication exposed, peak %.1f MiB",

@@ -35,7 +35,9 @@ _HEARTBEAT_SECONDS = 2.0
 
 @dataclass
 class Job:
-    """``mesh`` is None on a single rank: then nothing is sharded and nothing is agreed.
+    """``mesh``, one-dimensional over all ranks, shards parameters; it is None on a single rank: then nothing
+    is sharded and nothing is agreed. ``sequence`` is the mesh of the ranks that share this rank's batch, None
+    when the plan has no ``sp``.
 
     ``artifacts`` is the folder for what a person may want to read. In a ``dry_run`` all decisions
     are made as ever, but nothing is compiled to kernels: the graphs run on fake tensors.
@@ -44,6 +46,7 @@ class Job:
     plan: Plan
     device: torch.device
     mesh: DeviceMesh | None
+    sequence: DeviceMesh | None = None
     number: int = field(default_factory=itertools.count().__next__)
     reports: list[GraphReport] = field(default_factory=list)
     agreed: set[str] = field(default_factory=set)
@@ -74,7 +77,17 @@ class Job:
 
     @property
     def group_sizes(self) -> dict[str, int]:
-        return {} if self.mesh is None else {self.group: self.mesh.size()}
+        """Ranks of each process group that graphs may name."""
+        meshes = [m for m in (self.mesh, self.sequence) if m is not None]
+        return {compat.mesh_group_name(m): m.size() for m in meshes}
+
+    @property
+    def group_labels(self) -> dict[str, str]:
+        """What to call the groups where ranks compare programs: their names differ between ranks."""
+        labels = {} if self.mesh is None else {self.group: "all"}
+        if self.sequence is not None:
+            labels.setdefault(compat.mesh_group_name(self.sequence), "sp")
+        return labels
 
     @property
     def is_first_rank(self) -> bool:
@@ -138,13 +151,18 @@ def start_job(plan: Plan, device: torch.device, alone: bool = False) -> Job:
     if ranks > 1 and not dist.is_initialized():
         _init_process_group(device)
     resolved = plan.resolve(ranks, detect(device).name)
-    mesh = None
+    mesh = sequence = None
     if ranks > 1:
         kind = "cpu" if device.type == "meta" else device.type
         mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("dp",))
         if not compat.is_fake_group(compat.mesh_group_name(mesh)):
             compat.set_group_timeout(mesh.get_group(), resolved.timeout)
-    job = Job(resolved, device, mesh)
+        if resolved.sp > 1:
+            grid = init_device_mesh(kind, (ranks // resolved.sp, resolved.sp), mesh_dim_names=("dp", "sp"))
+            sequence = grid["sp"]
+            if not compat.is_fake_group(compat.mesh_group_name(sequence)):
+                compat.set_group_timeout(sequence.get_group(), resolved.timeout)
+    job = Job(resolved, device, mesh, sequence)
     if mesh is not None:
         mesh._autodist_job = job  # type: ignore[attr-defined]
     if job.is_first_rank and ranks == num_ranks():

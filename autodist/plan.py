@@ -18,6 +18,7 @@ from typing import Any, Union
 
 _LOWERINGS = ("inductor", "eager")
 _PRECISIONS = ("fp32", "bf16")
+_OUTPUTS = ("withheld", "gathered", "sharded")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -33,6 +34,11 @@ class Plan:
     zero:       what is sharded over the data-parallel ranks. 0 nothing (gradients are averaged, as DDP
                 does), 1 optimizer state, 2 and gradients, 3 and parameters (arXiv:1910.02054).
     dp:         number of data-parallel ranks; derived from the number of ranks when None.
+    sp:         ranks that share a batch, each computing a part of its sequences (Ulysses,
+                arXiv:2309.14509). The number of attention heads must be a multiple of it.
+    outputs:    what becomes of large results that are sharded over sequences (logits): "withheld" gives
+                a stand-in that says so when it is used, "gathered" the whole, "sharded" a DTensor.
+    strict:     refuse a program with an operator for which sequences would have to be gathered.
     precision:  "fp32" trains in the parameters' own type; "bf16" computes under autocast and gathers
                 weights in bf16, with shards, reduction and optimizer at full width.
     memory:     bytes a rank may use ("60GB", "512MiB" or a number). Under ZeRO-3, weights stay whole
@@ -44,6 +50,9 @@ class Plan:
 
     zero: int = 3
     dp: int | None = None
+    sp: int = 1
+    outputs: str = "withheld"
+    strict: bool = False
     precision: str = "fp32"
     memory: str | int | None = None
     lowering: str = "inductor"
@@ -54,6 +63,9 @@ class Plan:
         _require("zero", self.zero, type(self.zero) is int and 0 <= self.zero <= 3, "0, 1, 2 or 3")
         positive = self.dp is None or (type(self.dp) is int and self.dp > 0)
         _require("dp", self.dp, positive, "a positive number of ranks, or None to derive it")
+        _require("sp", self.sp, type(self.sp) is int and self.sp > 0, "a positive number of ranks")
+        _require("outputs", self.outputs, self.outputs in _OUTPUTS, _either(_OUTPUTS))
+        _require("strict", self.strict, type(self.strict) is bool, "True or False")
         _require("precision", self.precision, self.precision in _PRECISIONS, _either(_PRECISIONS))
         _require("lowering", self.lowering, self.lowering in _LOWERINGS, _either(_LOWERINGS))
         number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
@@ -127,15 +139,20 @@ class Plan:
 
     def resolve(self, num_ranks: int, hardware: str) -> Plan:
         """This plan on ``num_ranks`` ranks; raises :class:`PlanError` when it cannot run on them."""
-        if self.dp is not None and self.dp != num_ranks:
+        if num_ranks % self.sp:
+            legal = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
             raise PlanError(
-                f"plan field 'dp' is {self.dp}, but {num_ranks} ranks are running; "
-                f"leave it out, or start {self.dp} ranks"
+                f"plan field 'sp' is {self.sp}, which does not divide the {num_ranks} ranks that are "
+                f"running; use one of {legal}, or start another number of ranks"
+            )
+        dp = num_ranks // self.sp
+        if self.dp is not None and self.dp != dp:
+            raise PlanError(
+                f"plan field 'dp' is {self.dp}, but {num_ranks} ranks are running with sp={self.sp}; "
+                f"leave it out, or start {self.dp * self.sp} ranks"
             )
         zero = self.zero if num_ranks > 1 else 0
-        return dataclasses.replace(
-            self, zero=zero, dp=num_ranks, hardware=self.hardware or hardware
-        )
+        return dataclasses.replace(self, zero=zero, dp=dp, hardware=self.hardware or hardware)
 
     def __str__(self) -> str:
         return " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items() if v is not None)

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from autodist.passes.base import Context, Pass, Phase
 from autodist.passes.graph import insert, replace, value
-from autodist.runtime import compat, dialect
+from autodist.runtime import axis, compat, dialect
 
 _aten, _prims, _comm = torch.ops.aten, torch.ops.prims, torch.ops._c10d_functional
 
@@ -37,7 +37,7 @@ class Lower(Pass):
 
     def apply(self, graph: GraphModule, context: Context) -> GraphModule:
         for node in list(graph.graph.nodes):
-            rule = _RULES.get(node.target)
+            rule = _RULES.get(node.target) or (_inline if node.target in axis.MEANING else None)
             if rule is not None:
                 with graph.graph.inserting_before(node):
                     rule(graph.graph, node)
@@ -143,6 +143,20 @@ _RULES = {
     dialect.average_grad: _lower_average_grad,
     dialect.average_bucket: _lower_average_bucket,
 }
+
+
+def _inline(graph: Graph, node: Node) -> None:
+    """An operator of an axis becomes what it means: views and copies around a collective."""
+    given = [a for a in node.args if isinstance(a, Node)]
+
+    def meaning(*values: Any) -> Any:
+        found = dict(zip(given, values, strict=True))
+        return axis.MEANING[node.target](*(found[a] if isinstance(a, Node) else a for a in node.args))
+
+    body = compat.trace_plain(meaning, [value(n) for n in given])
+    own = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
+    result = graph.graph_copy(body.graph, own)
+    replace(node, result)  # type: ignore[arg-type]
 
 
 # --- the pieces ------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ move:
     wait of a gather       before the first node that uses that weight
     start of reduction j   where it becomes ready (unmoved)
     wait of reduction j    before the start of reduction j + 2 (j + 1 when they are large), or at the end
+    start of an exchange   where what it sends has been computed
+    wait of an exchange    before the first node that computes with what it brings
 
 ``distance(i)`` is the smallest that hides the gather behind the compute between the two uses, by the cost
 model, while the weights gathered ahead stay below ``in_flight`` bytes. Distances are the first rank's,
@@ -103,6 +105,9 @@ class Overlap(Pass):
                 after = _descendants(wait)
                 if not any(is_collective_start(n) for n in after):
                     place |= dict.fromkeys(after, (until, _FINISH))
+        moving = {*gathers, *reductions}
+        for exchange in (c for c in found if c not in moving):
+            _spread(exchange, order, place)
         _reorder(graph, order, place)
         return graph
 
@@ -197,6 +202,22 @@ def _with_views(wait: Node, order: dict[Node, int], until: int) -> list[Node]:
         if is_view(user) and order[user] < until:
             found += _with_views(user, order, until)
     return found
+
+
+def _spread(exchange: Collective, order: dict[Node, int], place: dict[Node, tuple[int, int]]) -> None:
+    """Start an exchange of activations when it is ready, wait for it when it is needed."""
+    sends = (exchange.start, *exchange.before)
+    inputs = {n for s in sends for n in s.all_input_nodes if n not in sends}
+    moved = [place[n] for n in inputs if n in place]
+    ready = max((order[n] for n in inputs if n not in place), default=-1)
+    anchor = max([(ready + 1, _START), *moved])
+    place |= dict.fromkeys((*exchange.before, exchange.start, *_items(exchange)), anchor)
+    for wait in exchange.waits:
+        only = [wait]
+        for node in only:
+            only += [u for u in node.users if u not in only and (is_view(u) or is_copy(u))]
+        uses = [order[u] for n in only for u in n.users if u not in only]
+        place |= dict.fromkeys(only, (min(uses, default=len(order)), _WAIT))
 
 
 def _descendants(node: Node) -> list[Node]:

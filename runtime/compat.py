@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,134 @@ __all__ = [
 def plain_functions() -> contextlib.AbstractContextManager[None]:
     """Within, subclasses' ``__torch_function__`` is not asked; results are plain tensors."""
     return torch._C.DisableTorchFunctionSubclass()  # type: ignore[no-any-return]
+
+
+# --- captured programs -----------------------------------------------------------------------------
+
+
+def trace_before_autograd(function: Callable[..., Any], fakes: Sequence[Any]) -> torch.fx.GraphModule:
+    """``function(*fakes)`` as ATen operators, before autograd and decompositions take them apart.
+
+    The fakes keep their own mode and symbolic sizes. Stack traces and checkpoint tags of the nodes that
+    ``function`` interprets go over to the nodes traced.
+    """
+    import torch.fx.traceback
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    mode = fake_mode_of(fakes)
+    assert mode is not None
+    trace = make_fx(function, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
+    with mode, torch.enable_grad(), torch.fx.traceback.preserve_node_meta():
+        return trace(*fakes)
+
+
+def trace_plain(function: Callable[..., Any], values: Sequence[Any]) -> torch.fx.GraphModule:
+    """``function(*values)`` as ATen operators, without gradients; ``values`` are fakes and symbolic sizes."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with fake_mode_of(values) or contextlib.nullcontext(), torch.no_grad():
+        return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+
+
+def functionalized(function: Callable[..., Sequence[Any]], written: Sequence[int]) -> Callable[..., Any]:
+    """``function`` without writes; it returns the new values of its arguments at ``written`` as well."""
+    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+
+    def run(*args: Any) -> list[Any]:
+        return [*function(*args), *(args[i] for i in written)]
+
+    # With export, attention and cross-entropy stay whole.
+    return dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
+
+
+def written_arguments(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The nodes an operator's call writes into."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    found = []
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            found += [given] if isinstance(given, torch.fx.Node) else []
+    return found
+
+
+def aliases_input(target: Any) -> bool:
+    """Whether an operator's result is a view of its first argument, or that argument."""
+    return isinstance(target, OpOverload) and any(r.alias_info for r in target._schema.returns)
+
+
+def is_checkpoint(target: Any) -> bool:
+    """Whether a captured call is the body of a ``torch.utils.checkpoint.checkpoint``."""
+    return target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def checkpoint_tags(number: int) -> dict[str, Any]:
+    """The metadata that makes the partitioner recompute a node of a checkpoint's body."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": number}
+
+
+def checkpoint_policy(body: torch.fx.GraphModule) -> Callable[[Any, Any, Any], Any] | None:
+    """What a user's selective checkpoint wants done with an operator's result, or None.
+
+    Called with (operator, arguments, keyword arguments); the answer is a ``CheckpointPolicy``.
+    """
+    from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
+
+    context_fn = body.meta.get("_checkpoint_context_fn")
+    if context_fn is None:
+        return None
+    asked = context_fn()[0].policy_fn
+
+    def policy(target: Any, args: Any, kwargs: Any) -> Any:
+        answer = asked(SelectiveCheckpointContext(is_recompute=False), target, *args, **kwargs)
+        if isinstance(answer, bool):
+            return CheckpointPolicy.MUST_SAVE if answer else CheckpointPolicy.PREFER_RECOMPUTE
+        return answer
+
+    return policy
+
+
+def copy_source(old: torch.fx.Node, new: torch.fx.Node) -> None:
+    """Keep what Dynamo knows of an input: where in the user's program it comes from."""
+    if hasattr(old, "_dynamo_source"):
+        new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+
+
+def copy_sources(old: torch.fx.GraphModule, new: torch.fx.GraphModule) -> None:
+    """Keep Dynamo's map from parameter names to sources."""
+    if hasattr(old, "_param_name_to_source"):
+        new._param_name_to_source = old._param_name_to_source  # type: ignore[assignment]
+
+
+def returns_to_user() -> bool:
+    """Whether the results of the program Dynamo is handing over go to whoever called the compiled model.
+
+    Otherwise they go on in Python: after a graph break, or in a function that the model calls.
+    """
+    try:
+        current = InstructionTranslator.current_tx()
+    except AttributeError:
+        current = None
+    if current is None:
+        return True
+    if current.output.compile_subgraph_reason.graph_break:
+        return False
+    roots = [compiled_module(f.f_locals.get("self")) for f in python_frames()]
+    own = _owner(current.output.root_tx)
+    known = [r for r in roots if r is not None]
+    return not known or any(own is r for r in known)
+
+
+def _owner(translator: Any) -> Any:
+    """The ``self`` of the function being captured; one that goes on after a graph break has lost its own."""
+    own = translator.f_locals.get("self")
+    resumed = re.fullmatch(r"torch_dynamo_resume_in_(.+)_at_\d+", translator.f_code.co_name)
+    if own is None and resumed is not None:
+        frames = [f for f in python_frames() if f.f_code.co_name == resumed[1]]
+        own = frames[-1].f_locals.get("self") if frames else None
+    return own
 
 
 # --- process groups --------------------------------------------------------------------------------
@@ -207,6 +336,15 @@ def size_hint(size: Any, default: int = 1) -> int:
         hint = size.node.hint if size.node.has_hint() else None
         return default if hint is None else int(hint)
     return int(size)
+
+
+def known_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are certainly equal; asks without adding a guard to the program being captured."""
+    if not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt):
+        return bool(a == b)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
 
 
 def is_fake_group(name: str) -> bool:

@@ -64,11 +64,11 @@ class MovedParameter(nn.Parameter):
 
 @torch._dynamo.allow_in_graph
 @compat.not_alone
-def unshard(parameter: Tensor) -> Tensor:
+def unshard(parameter: Tensor, divisor: int | None = None) -> Tensor:
     """The whole value of a parameter; plain tensors are returned as they are.
 
-    Differentiable: the gradient arriving here is averaged over the data-parallel axis and becomes the
-    shard's gradient, a DTensor with the parameter's placement.
+    Differentiable: the gradients arriving here on all ranks are summed, divided by ``divisor`` (the number of
+    ranks when None: their mean) and become the shard's gradient, a DTensor with the parameter's placement.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -77,12 +77,12 @@ def unshard(parameter: Tensor) -> Tensor:
     local = parameter.to_local()
     name = parameter_name(parameter)
     if name is None:  # in a graph being captured, where the compiler checks order and writes
-        return _gather(parameter, local, group)
+        return _gather(parameter, local, group, divisor)
     job = getattr(parameter, "_autodist_job", None)
     monitor = job.monitor if job is not None else None
     with contextlib.nullcontext() if monitor is None else monitor.guard(f"a read of '{name}'"):
         check_same(name, f"reads '{name}'", group, local.device)
-        whole = _gather(parameter, local, group).as_subclass(GatheredWeight)
+        whole = _gather(parameter, local, group, divisor).as_subclass(GatheredWeight)
     whole.weight_name = name
     return whole
 
@@ -93,8 +93,8 @@ def whole_value(parameter: Tensor) -> Tensor:
         return plain_tensor(unshard(parameter))  # type: ignore[no-any-return]
 
 
-def _gather(parameter: DTensor, local: Tensor, group: str) -> Tensor:
-    size = parameter.device_mesh.size()
+def _gather(parameter: DTensor, local: Tensor, group: str, divisor: int | None) -> Tensor:
+    size = parameter.device_mesh.size() if divisor is None else divisor
     if parameter.placements == (Replicate(),):
         return dialect.replica(local, size, local.dtype, group)
     return dialect.unshard(local, parameter.shape[0], size, local.dtype, group)

@@ -33,13 +33,13 @@ def _labels(ids: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     return labels
 
 
-def causal_batch(g: torch.Generator) -> dict[str, Any]:
-    ids = _ids(g)
+def causal_batch(g: torch.Generator, length: int = 12) -> dict[str, Any]:
+    ids = _ids(g, length=length)
     return {"input_ids": ids, "labels": _labels(ids, g), "use_cache": False}
 
 
-def masked_batch(g: torch.Generator) -> dict[str, Any]:
-    ids = _ids(g)
+def masked_batch(g: torch.Generator, length: int = 12) -> dict[str, Any]:
+    ids = _ids(g, length=length)
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
     return {"input_ids": ids, "labels": _labels(ids, g), "attention_mask": mask}
@@ -96,6 +96,65 @@ def _bert() -> nn.Module:
             hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
             vocab_size=VOCAB, max_position_embeddings=64,
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    )  # fmt: skip
+
+
+def _roberta() -> nn.Module:
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    return RobertaForMaskedLM(
+        RobertaConfig(
+            hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=VOCAB, max_position_embeddings=64,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    )  # fmt: skip
+
+
+def _neox() -> nn.Module:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=VOCAB, max_position_embeddings=64, hidden_dropout=0.0, attention_dropout=0.0,
+        )
+    )  # fmt: skip
+
+
+def _opt() -> nn.Module:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    return OPTForCausalLM(
+        OPTConfig(
+            hidden_size=32, word_embed_proj_dim=32, ffn_dim=44, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=VOCAB, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0,
+        )
+    )  # fmt: skip
+
+
+def _gemma2() -> nn.Module:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, vocab_size=VOCAB,
+            max_position_embeddings=64, sliding_window=4, attn_implementation="eager",
+        )
+    )  # fmt: skip
+
+
+def _gemma3() -> nn.Module:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, vocab_size=VOCAB,
+            max_position_embeddings=64, sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"],
         )
     )  # fmt: skip
 
@@ -210,7 +269,13 @@ CASES: dict[str, Case] = {
     "qwen3": Case(_qwen3, causal_batch),
     "gpt2": Case(_gpt2, causal_batch),
     "bert": Case(_bert, masked_batch),
-    "t5": Case(_t5, lambda g: {**masked_batch(g)}),
+    "llama_1kv": Case(lambda: _llama(num_key_value_heads=1), causal_batch),
+    "neox": Case(_neox, causal_batch),
+    "opt": Case(_opt, causal_batch),
+    "roberta": Case(_roberta, masked_batch),
+    "gemma2": Case(_gemma2, causal_batch),
+    "gemma3": Case(_gemma3, causal_batch),
+    "t5": Case(_t5, masked_batch),
     "mixtral": Case(_mixtral, causal_batch),
     "vit": Case(_vit, _image_batch),
     "resnet": Case(SmallResNet, _image_batch),

@@ -785,3 +785,134 @@ def test_checkpoints(tmp_path: Path) -> None:
     found = compat.load_checkpoint_keys(str(path), {"extra", "model.c"})
     assert found["extra"] == state["extra"]
     assert set(found["model"]) == {"c"} and torch.equal(found["model"]["c"], torch.ones(2))
+
+
+# --- captured programs -----------------------------------------------------------------------------
+
+
+def _traced(function: Callable[..., Any], *shapes: tuple[int, ...]) -> torch.fx.GraphModule:
+    with compat.FakeTensorMode():
+        fakes = [torch.randn(s, requires_grad=True) for s in shapes]
+    return compat.trace_before_autograd(function, fakes)
+
+
+def _calls(graph: torch.fx.GraphModule) -> list[Any]:
+    return [n.target for n in graph.graph.nodes if n.op == "call_function"]
+
+
+def test_tracing_before_autograd_keeps_operators_whole_and_their_tags() -> None:
+    def attends(x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        y = torch.nn.functional.linear(x, weight)
+        return [torch.nn.functional.scaled_dot_product_attention(y, y, y)]
+
+    graph = _traced(attends, (1, 2, 4, 3), (3, 3))
+    assert _calls(graph) == [aten.linear.default, aten.scaled_dot_product_attention.default]
+    tags = compat.checkpoint_tags(7)
+    for node in graph.graph.nodes:
+        node.meta |= tags
+    again = _traced(torch.fx.Interpreter(graph).run, (1, 2, 4, 3), (3, 3))
+    calls = [n for n in again.graph.nodes if n.op == "call_function"]
+    assert calls and all(n.meta["ac_graph_id"] == 7 and "recompute" in n.meta for n in calls)
+
+
+def test_plain_tracing() -> None:
+    with compat.FakeTensorMode():
+        graph = compat.trace_plain(lambda x, n: x.sum() * n, [torch.ones(3), 2])
+    assert graph(torch.ones(3), 2) == 6
+
+
+def test_functionalized_programs_return_what_they_wrote() -> None:
+    def writes(x: torch.Tensor, buffer: torch.Tensor) -> list[torch.Tensor]:
+        y = x.clone()
+        y[0] += 1
+        buffer.mul_(2)
+        return [y]
+
+    with compat.FakeTensorMode():
+        fakes = [torch.randn(3), torch.randn(3)]
+    graph = compat.trace_before_autograd(writes, fakes)
+    changed = [n for n in graph.graph.nodes if compat.is_mutating(n.target)]
+    assert [compat.written_arguments(n)[0].op for n in changed].count("placeholder") == 1
+    functional = compat.functionalized(torch.fx.Interpreter(graph).run, (1,))
+    graph = compat.trace_before_autograd(functional, fakes)
+    assert not any(compat.is_mutating(t) for t in _calls(graph))
+    y, buffer = graph(torch.zeros(3), torch.ones(3))
+    assert y.tolist() == [1, 0, 0] and buffer.tolist() == [2, 2, 2]
+
+
+def test_views_of_arguments() -> None:
+    assert compat.aliases_input(aten.transpose.int) and not compat.aliases_input(aten.add.Tensor)
+    assert not compat.aliases_input(len)
+
+
+def test_sizes_known_to_be_equal() -> None:
+    assert compat.known_equal(3, 3) and not compat.known_equal(3, 4)
+    found: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        sizes = next(n.meta["example_value"].shape for n in graph.graph.nodes if n.name == "l_x_")
+        found.extend([
+            compat.known_equal(2 * sizes[0] // 2, sizes[0]),
+            compat.known_equal(sizes[0], compat.size_hint(sizes[0])),  # true today, not certain
+        ])
+        return graph.forward
+
+    x = torch.ones(6, 2)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.compile(lambda x: x * 2, backend=backend)(x)
+    assert found == [True, False]
+
+
+def test_checkpoints_in_captured_programs() -> None:
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    bodies: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        found = [n for n in graph.graph.nodes if compat.is_checkpoint(n.target)]
+        bodies.extend(getattr(graph, n.args[0].target) for n in found)
+        returned = torch.fx.GraphModule(graph, graph.graph)
+        compat.copy_sources(graph, returned)
+        for old in graph.graph.find_nodes(op="placeholder"):
+            new = torch.fx.Graph().node_copy(old)
+            compat.copy_source(old, new)
+            assert getattr(new, "_dynamo_source", None) is getattr(old, "_dynamo_source", None)
+        return graph.forward
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts([aten.mm.default])
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        x = checkpoint(torch.sin, x, use_reentrant=False)
+        return checkpoint(lambda x: x @ x, x, use_reentrant=False, context_fn=contexts)
+
+    torch._dynamo.reset()
+    torch.compile(program, backend=backend)(torch.ones(2, 2, requires_grad=True))
+    plain, selective = map(compat.checkpoint_policy, bodies)
+    assert plain is None and selective is not None
+    x = torch.ones(2, 2)
+    assert selective(aten.mm.default, (x, x), {}) is CheckpointPolicy.MUST_SAVE
+    assert selective(aten.sin.default, (x,), {}) is CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_where_results_go() -> None:
+    found: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append(compat.returns_to_user())
+        return graph.forward
+
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.sin()
+            torch._dynamo.graph_break()
+            return x.cos()
+
+    torch._dynamo.reset()
+    torch.compile(Broken(), backend=backend)(torch.ones(2))
+    assert found == [False, True]
+    found.clear()
+    torch._dynamo.reset()
+    torch.compile(Broken().forward, backend=backend)(torch.ones(2))
+    torch.compile(torch.sin, backend=backend)(torch.ones(2))
+    assert found == [False, True, True] and compat.returns_to_user()

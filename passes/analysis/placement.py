@@ -1,0 +1,1062 @@
+"""Where values stand on an axis: the typing that makes a sharded program compute what one process would.
+
+The *axis* has ``P`` places (ranks, here). On it a value has one of four placements, and its cotangent
+(gradient) the dual one:
+
+    R            the same complete value everywhere                            cotangent R
+    W            likewise, and computed only from weights and from values      cotangent P
+                 without gradient: each place owes its part of the gradient,
+                 and the reduction at the parameter pays for all of it
+    Shard(dim)   dimension ``dim``, seen as (outer, length), in pieces of      cotangent Shard
+                 ``chunk`` positions (:mod:`autodist.runtime.axis`)
+    P            the true value is the sum over the axis                       cotangent R
+
+P never rests: what makes a partial sum reduces it at once. This is the typing of shard_map (varying and
+invariant values) plus W, which makes weights free: a weight beside sharded values needs only the reduction
+that ZeRO performs anyway.
+
+A *rule* says how an operator runs when at least one of its operands is sharded: which placements it wants
+its operands in, what it is called with, and where its results stand. :data:`RULES` is the table, from an
+operator's name to its rule; operators that work elementwise share one. A rule that cannot keep the
+operands sharded returns None, and so does an operator without a rule: then they are gathered, which is
+counted and reported (:class:`Gathered`). Where all operands are whole, an operator runs as it is: its result
+is W when all that need a gradient are W, else R.
+
+Rules speak of sizes of the whole value (``shape``), never of this rank's, and know nothing of module names.
+The paper around attention: DeepSpeed Ulysses, arXiv:2309.14509.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from autodist.passes.graph import where
+from autodist.runtime import axis, compat
+from autodist.runtime.compat import tree_leaves, tree_map
+
+_aten = torch.ops.aten
+
+
+class PlacementError(ValueError):
+    """A program cannot run sharded as the plan asks; names node, source line, value and remedy."""
+
+
+# --- placements ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """Dimension ``dim``, seen as (``outer``, ``length``), in pieces of ``chunk`` positions."""
+
+    dim: int
+    outer: Any
+    length: Any
+    chunk: Any
+
+    def same(self, other: object) -> bool:
+        if not isinstance(other, Shard) or self.dim != other.dim:
+            return False
+        pairs = ((self.outer, other.outer), (self.length, other.length), (self.chunk, other.chunk))
+        return all(compat.known_equal(a, b) for a, b in pairs)
+
+    def at(self, dim: int) -> Shard:
+        return replace(self, dim=dim)
+
+    @property
+    def local(self) -> Any:
+        """Size of the dimension on one place."""
+        return self.outer * self.chunk
+
+
+Placement: TypeAlias = "Literal['R', 'W'] | Shard"
+R: Literal["R"] = "R"
+W: Literal["W"] = "W"
+
+
+@dataclass
+class Value:
+    """``tensor`` is what this place holds of a value of ``shape``."""
+
+    tensor: Tensor
+    placement: Placement
+    shape: tuple[Any, ...]
+    repeats: Value | None = None
+    """For keys and values repeated for the queries' sake: what was repeated, along dimension 1."""
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.placement, Shard)
+
+    @property
+    def shard(self) -> Shard:
+        assert isinstance(self.placement, Shard)
+        return self.placement
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """An operator whose operands were gathered because it cannot run on shards."""
+
+    node: str
+    operator: str
+    num_bytes: int
+    source: str
+
+
+# --- the axis, laid out in space -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axis:
+    """``size`` places: the ranks of ``group``. All communication of the analysis is asked for here."""
+
+    name: str
+    size: int
+    group: str
+
+    def pieces(self, dim: int, length: Any, outer: Any = 1) -> Shard:
+        """The shard of ``length`` positions in equal pieces, the last one padded."""
+        return Shard(dim, outer, length, (length + self.size - 1) // self.size)
+
+    def is_even(self, shard: Shard) -> bool:
+        """Whether it is certain that no place holds padding."""
+        return compat.known_equal(shard.chunk * self.size, shard.length)
+
+    def whole(self, value: Value) -> Tensor:
+        """The complete value, with cotangent R."""
+        if value.placement == R:
+            return value.tensor
+        if value.placement == W:
+            return axis.settle(value.tensor, self.group) if value.tensor.requires_grad else value.tensor
+        s = value.shard
+        return axis.gather(value.tensor, s.dim, s.outer, s.length, s.chunk, self.group)
+
+    def beside(self, value: Value) -> Tensor:
+        """The complete value for use beside sharded ones: each place's cotangent is its part."""
+        if value.sharded:
+            value = Value(self.whole(value), R, value.shape)
+        if value.placement == R and value.tensor.requires_grad:
+            return axis.vary(value.tensor, self.group)
+        return value.tensor
+
+    def sharded(self, value: Value, to: Shard) -> Tensor:
+        """This place's piece of ``value`` under ``to``."""
+        place = (to.dim, to.outer, to.length, to.chunk)
+        if value.placement == W:
+            return axis.part(value.tensor, *place, self.group)
+        if value.placement == R:
+            return axis.slice_(value.tensor, *place, True, self.group)
+        has = value.shard
+        if has.same(to):
+            return value.tensor
+        if has.dim == to.dim:
+            return self.sharded(Value(self.whole(value), R, value.shape), to)
+        back = (has.dim, has.outer, has.length, has.chunk)
+        return axis.exchange(value.tensor, *place, *back, True, self.group)
+
+    def total(self, partial: Tensor) -> Tensor:
+        """The sum over all places."""
+        return axis.reduce(partial, self.group)
+
+    def agreed(self, tensor: Tensor) -> Tensor:
+        """The first place's value."""
+        return axis.agreed(tensor, self.group)
+
+    def keep(self, like: Tensor, seed: Tensor, number: int, p: float, sharded: bool) -> Tensor:
+        """A mask that is False with probability ``p``: each piece's own, or one for all."""
+        return axis.keep(like, seed, number, p, sharded, self.group)
+
+    def valid(self, like: Tensor, shard: Shard) -> Tensor:
+        """A mask over the shard's dimension: True where it holds a position, False on padding."""
+        return axis.valid(like, shard.outer, shard.length, shard.chunk, self.group)
+
+
+# --- propagation -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What propagation found: operators whose operands it gathered, and how often each rule applied."""
+
+    gathered: list[Gathered] = field(default_factory=list)
+    sharded: int = 0
+
+
+class Propagation(Interpreter):
+    """Run a whole-value graph on one place's pieces.
+
+    ``graph`` is a functional ATen graph whose nodes carry their whole value's metadata (``meta["val"]``).
+    ``weights`` are the placeholders that are W. ``starts(node, value)`` may answer a shard in which a whole
+    operand of ``node`` is to be taken: that is where sharding begins. Traced, the run yields the sharded
+    program. ``strict`` raises :class:`PlacementError` instead of gathering.
+    """
+
+    def __init__(self, graph: GraphModule, axis: Axis, weights: set[str], strict: bool = False) -> None:
+        super().__init__(graph)
+        self.axis, self.weights, self.strict = axis, weights, strict
+        self.report = Report()
+        self.node: Node = next(iter(graph.graph.nodes))
+        self._from_batch: set[Node] = _from_batch(graph, weights)
+        self._values: dict[Node, Value] = {}
+        self._moved: dict[tuple[int, str], tuple[Value, Value]] = {}
+        self._seed: Tensor | None = None
+        self._draws = 0
+
+    # What rules ask for.
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """The shape of the current node's whole result."""
+        return tuple(self.node.meta["val"].shape)
+
+    def to(self, value: Value, shard: Shard) -> Value:
+        """``value`` under ``shard``; a value that is moved twice the same way is moved once."""
+        # What was moved where no gradient flows does not serve where one does.
+        place = f"{shard.dim} {shard.outer} {shard.length} {shard.chunk} {torch.is_grad_enabled()}"
+        key = (id(value), place)
+        if key not in self._moved:
+            if value.sharded and value.shard.dim == shard.dim and not value.shard.same(shard):
+                self._gathers(self.node.target, [value])
+            moved = self._repeated_heads(value, shard)
+            moved = moved or Value(self.axis.sharded(value, shard), shard, value.shape)
+            self._moved[key] = (value, moved)  # held together: an id is unique while its object lives
+        return self._moved[key][1]
+
+    def _repeated_heads(self, value: Value, shard: Shard) -> Value | None:
+        """Move what was repeated, and repeat it here: only real heads travel."""
+        base = value.repeats
+        if base is None or shard.dim != 1 or not value.sharded or value.shard.dim == 1:
+            return None
+        mine = self.heads(base)
+        if mine is None:
+            return None
+        times = shard.chunk // mine.shard.chunk
+        return Value(_aten.repeat_interleave.self_int(mine.tensor, times, 1), shard, value.shape)
+
+    def heads(self, value: Value) -> Value | None:
+        """Keys or values by heads, this place's; with fewer heads than places each is repeated just enough.
+
+        None where heads and places do not divide one another.
+        """
+        count, places = value.shape[1], self.axis.size
+        if compat.known_equal(count % places, 0):
+            return self.to(value, Shard(1, 1, count, count // places))
+        if not compat.known_equal(places % count, 0):
+            return None
+        more = _aten.repeat_interleave.self_int(value.tensor, places // count, 1)
+        shape = (value.shape[0], places, *value.shape[2:])
+        return self.to(Value(more, value.placement, shape), Shard(1, 1, places, 1))
+
+    def repeated(self, node: Node) -> Value | None:
+        """What ``node``, a reshape to (batch, heads, ...), repeats along its heads, if it does."""
+        source = node.all_input_nodes[0]
+        while _operator_name(source.target) in ("clone", "contiguous"):
+            source = source.all_input_nodes[0]
+        if _operator_name(source.target) != "expand" or len(source.meta["val"].shape) != 5:
+            return None
+        wide = source.meta["val"].shape
+        source = source.all_input_nodes[0]
+        while source.meta["val"].ndim > 4 and _operator_name(source.target) in _SAME_ELEMENTS:
+            source = source.all_input_nodes[0]
+        base = self._values.get(source)
+        shape = tuple(node.meta["val"].shape)
+        if base is None or len(base.shape) != 4 or len(shape) != 4:
+            return None
+        expected = (base.shape[0], base.shape[1], wide[2], *base.shape[2:])
+        merged = (base.shape[0], base.shape[1] * wide[2], *base.shape[2:])
+        return base if _known_same(expected, wide) and _known_same(merged, shape) else None
+
+    def beside(self, value: Any) -> Any:
+        """A value that must be whole beside sharded ones."""
+        if isinstance(value, Value) and value.sharded:
+            self._gathers(self.node.target, [value])
+        return self.axis.beside(value) if isinstance(value, Value) else value
+
+    def result(self, tensor: Any, placement: Placement, shape: Sequence[Any] | None = None) -> Any:
+        """Values of a node's result, all under one placement."""
+        val = self.node.meta["val"]
+        if isinstance(tensor, (tuple, list)):
+            return type(tensor)(
+                Value(t, placement, tuple(v.shape)) if isinstance(t, Tensor) else t
+                for t, v in zip(tensor, val, strict=True)
+            )
+        return Value(tensor, placement, tuple(val.shape if shape is None else shape))
+
+    def total(self, partial: Tensor) -> Value:
+        return self.result(self.axis.total(partial), R)
+
+    def masked(self, value: Value, fill: float = 0) -> Tensor:
+        """The piece, with ``fill`` on padding: for sums over the sharded dimension."""
+        shard = value.shard
+        if self.axis.is_even(shard):
+            return value.tensor
+        mask = self.axis.valid(value.tensor, shard)
+        after = len(value.shape) - shard.dim - 1
+        return torch.where(mask.reshape([-1] + [1] * after), value.tensor, fill)
+
+    def even_pieces(self, dim: int, length: Any, what: str) -> Shard:
+        """Pieces of a dimension that must not be padded: attention heads."""
+        if compat.known_equal(length % self.axis.size, 0):
+            return Shard(dim, 1, length, length // self.axis.size)
+        size = compat.size_hint(length)
+        legal = [d for d in range(1, size + 1) if size % d == 0]
+        raise PlacementError(
+            f"{what} at node '{self.node.name}' ({where(self.node)}): {size} heads cannot be shared out over "
+            f"{self.axis.name}={self.axis.size} ranks. Legal values of {self.axis.name} for this model are "
+            f"{', '.join(map(str, legal))}."
+        )
+
+    def dropped(self, tensor: Tensor, p: float, sharded: bool) -> tuple[Tensor, Tensor]:
+        """Dropout of ``tensor`` and its mask: each piece's own where ``sharded``, the same on replicas."""
+        assert self._seed is not None
+        self._draws += 1
+        mask = self.axis.keep(tensor, self._seed, self._draws, p, sharded)
+        scale = 0.0 if p >= 1 else 1 / (1 - p)
+        return torch.where(mask, tensor * scale, 0), mask
+
+    # How a graph is run.
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if any(_is_random(n.target) for n in self.module.graph.nodes):  # type: ignore[union-attr]
+            # Ahead of all nodes, so of any that is to be computed again.
+            device = next(a.device for a in args if isinstance(a, Tensor))
+            drawn = _aten.randint.low(0, 2**31 - 1, [1], dtype=torch.int64, device=device, pin_memory=False)
+            self._seed = self.axis.agreed(drawn)
+        return super().run(*args, **kwargs)
+
+    def run_node(self, n: Node) -> Any:
+        self.node = n
+        result = super().run_node(n)
+        if isinstance(result, Value):
+            self._values[n] = result
+        return result
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        given = super().placeholder(target, args, kwargs)
+        if not isinstance(given, Tensor):
+            return given
+        return Value(given, W if self.node.name in self.weights else R, tuple(given.shape))
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return args[0]
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        given = super().get_attr(target, args, kwargs)
+        return Value(given, R, tuple(given.shape)) if isinstance(given, Tensor) else given
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is operator.getitem and not isinstance(args[0], Value):
+            return args[0][args[1]]
+        if _operator_name(target) == "sym_size":
+            return args[0].shape[args[1]]
+        if target is _aten.copy.default:  # it has no derivative, and what it copies into is not read
+            target, args = _copy, (args[1], args[0])
+        args = self._start(target, args)
+        values = _values(args, kwargs)
+        if _is_random(target):
+            drawn = RANDOM.get(_operator_name(target), _draw)(self, target, args, kwargs)
+            if drawn is not None:
+                return drawn
+        if not any(v.sharded for v in values):
+            return self._whole(target, args, kwargs) if values else _as_value(target(*args, **kwargs))
+        rule = _rule_for(target)
+        result = None if rule is None else rule(self, target, args, kwargs)
+        if result is not None:
+            self.report.sharded += 1
+            return result
+        self._gathers(target, values)
+        args, kwargs = _map_values(
+            lambda v: Value(self.axis.whole(v), R, v.shape) if v.sharded else v, (args, kwargs)
+        )
+        return self._whole(target, args, kwargs)
+
+    def _whole(self, target: Any, args: Any, kwargs: Any) -> Any:
+        differentiable = [v for v in _values(args, kwargs) if v.tensor.requires_grad]
+        weights_only = all(v.placement == W for v in differentiable)
+        convert = (lambda v: v.tensor) if weights_only else self.axis.whole
+        args, kwargs = _map_values(convert, (args, kwargs))
+        result = target(*args, **kwargs)
+        if isinstance(result, (Tensor, tuple, list)):
+            return self.result(result, W if weights_only and differentiable else R)
+        return result
+
+    def _gathers(self, target: Any, values: Sequence[Value]) -> None:
+        name = str(target)
+        size = sum(
+            math.prod(map(compat.size_hint, v.shape)) * v.tensor.element_size() for v in values if v.sharded
+        )
+        found = Gathered(self.node.name, name, size, where(self.node))
+        if self.strict:
+            raise PlacementError(
+                f"node '{found.node}' ({found.source}): {name} cannot run on sharded operands and would "
+                f"gather {size} bytes, which the plan's strict=True forbids. Rewrite the line or drop strict."
+            )
+        self.report.gathered.append(found)
+
+    def _start(self, target: Any, args: Any) -> Any:
+        """Take a whole operand sharded where sequences begin: token ids, and the first token-local layer."""
+        name = _operator_name(target)
+        place = {"embedding": 1, "linear": 0, "matmul": 0, "layer_norm": 0, "rms_norm": 0}.get(name)
+        if place is None or len(args) <= place or not isinstance(args[place], Value):
+            return args
+        value, node = args[place], self.node.args[place]
+        if value.sharded or node not in self._from_batch:
+            return args
+        dim = len(value.shape) - (1 if name == "embedding" else 2)
+        if dim < 1 or compat.known_equal(value.shape[dim], 1):
+            return args
+        others = _values(args[1:], {})
+        if name in ("linear", "matmul") and any(v.placement != W or len(v.shape) > 2 for v in others):
+            return args
+        started = self.to(value, self.axis.pieces(dim, value.shape[dim]))
+        return (*args[:place], started, *args[place + 1 :])
+
+
+def _from_batch(graph: GraphModule, weights: set[str]) -> set[Node]:
+    """Nodes that depend on an input that is no weight and has at least two dimensions."""
+    found: set[Node] = set()
+    for node in graph.graph.nodes:
+        val = node.meta.get("val")
+        if node.op == "placeholder":
+            if isinstance(val, Tensor) and node.name not in weights and val.ndim >= 2:
+                found.add(node)
+        elif any(n in found for n in node.all_input_nodes) and _operator_name(node.target) != "sym_size":
+            found.add(node)
+    return found
+
+
+def _copy(source: Tensor, like: Tensor) -> Tensor:
+    return source.to(like.dtype).expand(like.shape).clone()
+
+
+def _as_value(result: Any) -> Any:
+    return Value(result, R, tuple(result.shape)) if isinstance(result, Tensor) else result
+
+
+_SAME_ELEMENTS = ("slice", "unsqueeze", "alias")
+
+
+def _known_same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(compat.known_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _is_value(leaf: Any) -> bool:
+    return isinstance(leaf, Value)
+
+
+def _values(args: Any, kwargs: Any) -> list[Value]:
+    return [v for v in tree_leaves((args, kwargs), is_leaf=_is_value) if isinstance(v, Value)]
+
+
+def _map_values(function: Callable[[Value], Any], tree: Any) -> Any:
+    return tree_map(lambda v: function(v) if isinstance(v, Value) else v, tree, is_leaf=_is_value)
+
+
+def _operator_name(target: Any) -> str:
+    """An operator's name without its namespace and overload: ``add`` for ``aten.add.Tensor``."""
+    packet = getattr(target, "overloadpacket", None)
+    return getattr(packet, "__name__", getattr(target, "__name__", ""))
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+Rule = Callable[[Propagation, Any, Any, Any], Any]
+RULES: dict[str, Rule] = {}
+
+
+def _rule_for(target: Any) -> Rule | None:
+    found = RULES.get(_operator_name(target))
+    if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+        return elementwise
+    return found
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Enter a rule into the table under the operators' names."""
+
+    def enter(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return enter
+
+
+def _dim(dim: int, ndim: int) -> int:
+    return dim + ndim if dim < 0 else dim
+
+
+def _argument(args: Sequence[Any], kwargs: Any, place: int, name: str, default: Any = None) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name, default)
+
+
+# Elementwise: operands are aligned from the last dimension; what is size one there stays whole.
+
+
+@rule(
+    "_copy", "to", "_to_copy", "alias", "contiguous", "clone", "type_as", "detach", "masked_fill", "where",
+    "lift_fresh_copy", "__and__", "__or__", "__xor__", "gelu", "silu", "relu",
+    "zeros_like", "ones_like", "full_like", "new_zeros_like", "empty_like", "type", "float", "half", "double",
+)  # fmt: skip
+def elementwise(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    ndim = len(p.shape)
+    sharded = [v for v in _values(args, kwargs) if v.sharded]
+    widest = max(sharded, key=lambda v: len(v.shape))
+    shard = widest.shard.at(widest.shard.dim + ndim - len(widest.shape))
+    if not compat.known_equal(p.shape[shard.dim], shard.outer * shard.length):
+        return None
+
+    def local(value: Value) -> Tensor:
+        dim = shard.dim - (ndim - len(value.shape))
+        if dim < 0 or compat.known_equal(value.shape[dim], 1):
+            return p.beside(value)
+        return p.to(value, shard.at(dim)).tensor
+
+    args, kwargs = _map_values(local, (args, kwargs))
+    return p.result(target(*args, **kwargs), shard)
+
+
+# Shapes.
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+def reshape(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    shard = reshaped(x.shape, x.shard, p.shape) if x.sharded else None
+    if shard is None:
+        return None
+    local = [shard.local if d == shard.dim else s for d, s in enumerate(p.shape)]
+    out = p.result(_aten.reshape.default(x.tensor, local), shard)
+    out.repeats = p.repeated(p.node)
+    return out
+
+
+def reshaped(shape: Sequence[Any], shard: Shard, to: Sequence[Any]) -> Shard | None:
+    """Where a shard of a value of ``shape`` stands once that is viewed as ``to``.
+
+    The dimension is (outer, length); flattened, ``before`` elements lie outside the axis. The new
+    dimension must start at a divisor of that, and its rest be a multiple (inner dimensions merged in) or a
+    divisor (split off) of the length.
+    """
+    before = math.prod(shape[: shard.dim]) * shard.outer
+    start: Any = 1
+    for dim, size in enumerate(to):
+        if compat.known_equal(size, 1) and not compat.known_equal(shard.length, 1):
+            continue
+        if compat.known_equal(before % start, 0):
+            outer = before // start
+            if compat.known_equal(size % outer, 0):
+                rest = size // outer
+                if compat.known_equal(rest, shard.length):
+                    return Shard(dim, outer, rest, shard.chunk)
+                if compat.known_equal(rest % shard.length, 0) and not compat.known_equal(rest, 0):
+                    return Shard(dim, outer, rest, shard.chunk * (rest // shard.length))
+                inner = shard.length // rest
+                whole = all(compat.known_equal(n, 0) for n in (shard.length % rest, shard.chunk % inner))
+                if whole and not compat.known_equal(rest, 1):
+                    return Shard(dim, outer, rest, shard.chunk // inner)
+        start = start * size
+    return None
+
+
+@rule("transpose", "swapaxes", "t")
+def transpose(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    ndim = len(x.shape)
+    a, b = (_dim(args[1], ndim), _dim(args[2], ndim)) if len(args) > 2 else (0, 1)
+    dim = {a: b, b: a}.get(x.shard.dim, x.shard.dim)
+    out = p.result(target(x.tensor, *args[1:]), x.shard.at(dim))
+    if x.repeats is not None and x.repeats.sharded and min(a, b) > 1:
+        shape = list(x.repeats.shape)
+        shape[a], shape[b] = shape[b], shape[a]
+        out.repeats = Value(target(x.repeats.tensor, *args[1:]), x.repeats.shard.at(dim), tuple(shape))
+    return out
+
+
+@rule("permute")
+def permute(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    order = [_dim(d, len(x.shape)) for d in args[1]]
+    return p.result(target(x.tensor, order), x.shard.at(order.index(x.shard.dim)))
+
+
+@rule("unsqueeze")
+def unsqueeze(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    dim = _dim(args[1], len(x.shape) + 1)
+    return p.result(target(x.tensor, dim), x.shard.at(x.shard.dim + (dim <= x.shard.dim)))
+
+
+@rule("squeeze")
+def squeeze(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    if len(args) < 2:
+        dims = [d for d, s in enumerate(x.shape) if compat.known_equal(s, 1)]
+    else:
+        given = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+        dims = [d for d in (_dim(d, len(x.shape)) for d in given) if compat.known_equal(x.shape[d], 1)]
+    if x.shard.dim in dims:
+        return None
+    before = sum(d < x.shard.dim for d in dims)
+    return p.result(_aten.squeeze.dims(x.tensor, dims), x.shard.at(x.shard.dim - before))
+
+
+@rule("expand", "expand_as")
+def expand(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    if not x.sharded:
+        return None
+    shard = x.shard.at(x.shard.dim + len(p.shape) - len(x.shape))
+    local = [shard.local if d == shard.dim else s for d, s in enumerate(p.shape)]
+    return p.result(_aten.expand.default(x.tensor, local), shard)
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty")
+def new(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    """Reads nothing of its operand but its type."""
+    return p.result(target(args[0].tensor, *args[1:], **kwargs), R)
+
+
+@rule("slice")
+def narrow(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    dim = _dim(_argument(args, kwargs, 1, "dim", 0), len(x.shape))
+    if dim != x.shard.dim:
+        return p.result(target(x.tensor, *args[1:], **kwargs), x.shard)
+    if compat.known_equal(p.shape[dim], x.shape[dim]):
+        return x
+    start, step = _argument(args, kwargs, 2, "start") or 0, _argument(args, kwargs, 4, "step", 1)
+    if not (compat.known_equal(start, 0) and step == 1 and compat.known_equal(x.shard.outer, 1)):
+        return None
+    # Positions cut off the end become padding where they are.
+    return p.result(x.tensor, replace(x.shard, length=p.shape[dim]))
+
+
+@rule("select")
+def select(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, dim, index = args
+    dim = _dim(dim, len(x.shape))
+    if dim != x.shard.dim:
+        return p.result(target(x.tensor, dim, index), x.shard.at(x.shard.dim - (dim < x.shard.dim)))
+    # One position (a class token): what has it adds it, the others add zero.
+    size = x.shape[dim]
+    chosen = torch.arange(size, device=x.tensor.device) == (index + size if index < 0 else index)
+    place = x.shard.at(0)
+    piece = p.axis.sharded(Value(chosen, R, (size,)), place)
+    mask = p.masked(Value(piece, place, (size,)), False)  # padding repeats the last position
+    after = [1] * (len(x.shape) - dim - 1)
+    mine = torch.where(mask.reshape([-1, *after]), x.tensor, 0).sum(dim, dtype=x.tensor.dtype)
+    return p.total(mine) if x.tensor.dtype is not torch.bool else None
+
+
+@rule("split", "chunk", "split_with_sizes", "unbind")
+def split(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    unbind = _operator_name(target) == "unbind"
+    dim = _dim(_argument(args, kwargs, 1 if unbind else 2, "dim", 0), len(x.shape))
+    if dim == x.shard.dim:
+        return None
+    shard = x.shard.at(x.shard.dim - (unbind and dim < x.shard.dim))
+    return p.result(target(x.tensor, *args[1:], **kwargs), shard)
+
+
+@rule("cat", "stack", "concat", "concatenate")
+def cat(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    # torch.cat leaves out what is empty and one-dimensional: caches begin so.
+    parts = [v for v in args[0] if not (len(v.shape) == 1 and compat.known_equal(v.shape[0], 0))]
+    ndim = len(parts[0].shape)
+    stack = _operator_name(target) == "stack"
+    dim = _dim(_argument(args, kwargs, 1, "dim", 0), ndim + stack)
+    shard = next(v.shard for v in parts if v.sharded)
+    if len(parts) == 1 and not stack:
+        return parts[0]
+    if not stack and shard.dim == dim:
+        return None
+    local = [p.to(v, shard).tensor for v in parts]
+    return p.result(target(local, dim), shard.at(shard.dim + (stack and dim <= shard.dim)))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, count = args[0], args[1] if len(args) > 1 else None
+    dim = _argument(args, kwargs, 2, "dim")
+    if not x.sharded or dim is None or _dim(dim, len(x.shape)) == x.shard.dim or isinstance(count, Value):
+        return None
+    return p.result(target(x.tensor, *args[1:], **kwargs), x.shard)
+
+
+@rule("constant_pad_nd", "pad")
+def pad(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, widths = args[0], args[1]
+    from_end = len(x.shape) - 1 - x.shard.dim
+    if len(widths) > 2 * from_end and any(widths[2 * from_end : 2 * from_end + 2]):
+        return None
+    return p.result(target(x.tensor, *args[1:], **kwargs), x.shard)
+
+
+# Along a dimension: softmax and its like, norms, sorting need the dimension whole.
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "flip")
+def along(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    dims = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+    if x.shard.dim in [_dim(d, len(x.shape)) for d in dims]:
+        return None
+    return p.result(target(x.tensor, *args[1:], **kwargs), x.shard)
+
+
+@rule("topk", "sort", "argsort")
+def order(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    place = 2 if _operator_name(target) == "topk" else 1
+    dim = _argument(args, kwargs, place, "dim", -1)
+    if x.shard.dim == _dim(-1 if isinstance(dim, bool) else dim, len(x.shape)):
+        return None
+    return p.result(target(x.tensor, *args[1:], **kwargs), x.shard)
+
+
+@rule("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
+def norm(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, sizes, *rest = args
+    if not x.sharded or x.shard.dim >= len(x.shape) - len(sizes):
+        return None
+    args = (x.tensor, sizes, *map(p.beside, rest))
+    return p.result(target(*args, **_map_values(p.beside, kwargs)), x.shard)
+
+
+@rule("gather", "take_along_dim")
+def gather_along(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, dim, index = args
+    shard = (x if x.sharded else index).shard
+    aligned = compat.known_equal(x.shape[shard.dim], index.shape[shard.dim])
+    if shard.dim == _dim(dim, len(x.shape)) or not aligned:
+        return None
+    return p.result(target(p.to(x, shard).tensor, dim, p.to(index, shard).tensor, **kwargs), shard)
+
+
+# Sums over the sharded dimension are partial: reduced at once. Padding counts as nothing.
+
+
+@rule("sum", "mean")
+def reduction(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    ndim = len(x.shape)
+    given = _argument(args, kwargs, 1, "dim")
+    given = [given] if isinstance(given, int) else given
+    dims = [_dim(d, ndim) for d in given] if given else list(range(ndim))
+    keep = bool(_argument(args, kwargs, 2, "keepdim", False))
+    if x.shard.dim not in dims:
+        shift = 0 if keep else sum(d < x.shard.dim for d in dims)
+        return p.result(target(x.tensor, *args[1:], **kwargs), x.shard.at(x.shard.dim - shift))
+    dtype = kwargs.get("dtype") or (x.tensor.dtype if x.tensor.is_floating_point() else torch.int64)
+    # Narrow types are added up at full width, as inside one kernel.
+    wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+    total = p.axis.total(_aten.sum.dim_IntList(p.masked(x), dims, keep, dtype=wide))
+    if _operator_name(target) == "mean":
+        total = total / math.prod(x.shape[d] for d in dims)
+    return p.result(total.to(dtype), R)
+
+
+@rule("any", "all", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp", "std", "var", "norm",
+      "linalg_vector_norm", "prod", "count_nonzero")  # fmt: skip
+def other_reduction(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    place = {"norm": 2, "linalg_vector_norm": 2}.get(_operator_name(target), 1)
+    given = _argument(args, kwargs, place, "dim")
+    given = [given] if isinstance(given, int) and not isinstance(given, bool) else given
+    if not isinstance(given, (list, tuple)) or any(isinstance(v, Value) for v in args[1:]):
+        return None
+    dims = [_dim(d, len(x.shape)) for d in given]
+    if x.shard.dim in dims:
+        return None
+    result = target(x.tensor, *args[1:], **kwargs)
+    first = result[0] if isinstance(result, (tuple, list)) else result
+    keep = first.ndim == len(x.shape)
+    shift = 0 if keep else sum(d < x.shard.dim for d in dims)
+    return p.result(result, x.shard.at(x.shard.dim - shift))
+
+
+# Products.
+
+
+@rule("embedding")
+def embedding(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    table, ids, *rest = args
+    if not ids.sharded:
+        return None
+    return p.result(target(p.beside(table), ids.tensor, *rest, **kwargs), ids.shard)
+
+
+@rule("one_hot")
+def one_hot(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    return p.result(target(args[0].tensor, *args[1:], **kwargs), args[0].shard)
+
+
+def _freed(p: Propagation, x: Value, dim: int) -> Value | None:
+    """``x`` with dimension ``dim`` whole and another one, before it, sharded instead."""
+    for other in range(dim - 1, 0, -1):
+        size = x.shape[other]
+        if not compat.known_equal(size, 1):
+            return p.to(x, p.axis.pieces(other, size))
+    return None
+
+
+@rule("linear")
+def linear(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, *rest = args
+    if any(v.sharded for v in _values(rest, kwargs)):
+        return None
+    if x.shard.dim == len(x.shape) - 1:
+        moved = _freed(p, x, x.shard.dim)
+        if moved is None:
+            return None
+        x = moved
+    return p.result(target(x.tensor, *map(p.beside, rest), **_map_values(p.beside, kwargs)), x.shard)
+
+
+@rule("addmm")
+def addmm(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    bias, x, weight = args
+    if weight.sharded or bias.sharded or x.shard.dim != 0 or len(bias.shape) != 1:
+        return None
+    return p.result(target(p.beside(bias), x.tensor, p.beside(weight), **kwargs), x.shard)
+
+
+@rule("matmul", "bmm", "mm", "baddbmm")
+def matmul(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    if _operator_name(target) == "baddbmm":
+        return None
+    a, b = args
+    if len(a.shape) < 2 or len(b.shape) < 2:
+        return None
+    ndim = len(p.shape)
+
+    def role(v: Value, row: str, column: str) -> Any:
+        """Which of the product's indices is sharded: a batch dimension, or rows (m), columns (n), sum (k)."""
+        if not v.sharded:
+            return None
+        last = len(v.shape) - 1
+        named = {last - 1: row, last: column}
+        return named.get(v.shard.dim, v.shard.dim + ndim - len(v.shape))
+
+    in_a, in_b = role(a, "m", "k"), role(b, "k", "n")
+    if in_a == "m" and in_b is None:
+        return p.result(target(a.tensor, p.beside(b)), a.shard.at(ndim - 2))
+    if in_b == "n" and in_a is None:
+        return p.result(target(p.beside(a), b.tensor), b.shard.at(ndim - 1))
+    if in_a == "k" and in_b == "k" and a.shard.same(b.shard.at(a.shard.dim)):
+        return p.total(target(p.masked(a), p.masked(b)))
+    return _in_batch(p, target, a, b, (in_a, in_b))
+
+
+def _in_batch(p: Propagation, target: Any, a: Value, b: Value, roles: tuple[Any, Any]) -> Any:
+    """Operands that disagree meet in a common batch dimension: for attention, its heads."""
+    ndim = len(p.shape)
+    taken = next((r for r in roles if isinstance(r, int)), None)
+    if taken is not None:
+        source = a if roles[0] == taken else b
+        shard = source.shard.at(taken)
+    else:
+        common = [
+            d for d in range(ndim - 3, -1, -1)
+            if all(_has(v, d, ndim) for v in (a, b))
+        ]  # fmt: skip
+        if not common:
+            x = _freed(p, a, a.shard.dim) if roles[0] == "k" else None
+            return None if x is None else p.result(target(x.tensor, p.beside(b)), x.shard)
+        dim = common[0]
+        shard = p.even_pieces(dim, p.shape[dim], "a product of sequences (attention)")
+
+    def local(v: Value) -> Tensor:
+        if not _has(v, shard.dim, ndim):
+            return p.beside(v)
+        return p.to(v, shard.at(shard.dim - (ndim - len(v.shape)))).tensor
+
+    return p.result(target(local(a), local(b)), shard)
+
+
+def _has(value: Value, dim: int, ndim: int) -> bool:
+    own = dim - (ndim - len(value.shape))
+    return own >= 0 and not compat.known_equal(value.shape[own], 1)
+
+
+# Attention: sequence shards are exchanged for heads and back.
+
+
+@rule("scaled_dot_product_attention")
+def attention(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    q, k, v, *rest = args
+    kwargs = dict(kwargs)
+    ndim = len(q.shape)
+    if ndim != 4:
+        return None
+    heads = p.even_pieces(1, q.shape[1], "attention")
+    sharded = [p.to(q, heads), *(_key_value(p, x, heads) for x in (k, v))]
+    names = ("attn_mask", "dropout_p", "is_causal")
+    kwargs |= dict(zip(names, rest, strict=False))
+    mask = kwargs.get("attn_mask")
+    if isinstance(mask, Value):
+        kwargs["attn_mask"] = _heads_of_mask(p, mask, heads)
+    kwargs["enable_gqa"] = len({x.shard.local for x in sharded}) > 1
+    out = p.result(target(*(x.tensor for x in sharded), **kwargs), heads)
+    return p.to(out, p.axis.pieces(2, p.shape[2]))
+
+
+def _heads_of_mask(p: Propagation, mask: Value, heads: Shard) -> Tensor:
+    has_heads = len(mask.shape) > 2 and not compat.known_equal(mask.shape[-3], 1)
+    return p.to(mask, heads.at(len(mask.shape) - 3)).tensor if has_heads else p.beside(mask)
+
+
+def _key_value(p: Propagation, x: Value, heads: Shard) -> Value:
+    found = p.heads(x.repeats or x)
+    if found is None:
+        found = p.to(x, p.even_pieces(1, x.shape[1], "attention (keys and values)"))
+    return found
+
+
+# Random numbers: a function of seed, operator and place (:mod:`autodist.runtime.axis`).
+
+
+def _is_random(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+def _dropout(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, probability, train = args
+    if not train or probability == 0:
+        return x
+    out, mask = p.dropped(x.tensor, probability, x.sharded)
+    shape = x.shape
+    placed = Value(out, x.placement, shape)
+    return placed if _operator_name(target) == "dropout" else (placed, Value(mask, x.placement, shape))
+
+
+def _attention_dropout(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    """Attention whose probabilities are dropped: taken apart, so that the mask is one of ours."""
+    if not _argument(args, kwargs, 4, "dropout_p", 0.0):
+        return None
+    q, k, v, *rest = args
+    names = ("attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = dict(zip(names, rest, strict=False)) | kwargs
+    probability = given["dropout_p"]
+    sharded = q.sharded and len(q.shape) == 4
+    heads = p.even_pieces(1, q.shape[1], "attention") if sharded else None
+    mask, placement = given.get("attn_mask"), heads or R
+
+    def local(x: Value) -> Tensor:
+        return p.axis.whole(x) if heads is None else p.to(x, heads).tensor
+
+    if heads is None:
+        queries, keys, values = (local(x) for x in (q, k, v))
+        bias = None if mask is None else p.axis.whole(mask)
+    else:
+        queries = local(q)
+        keys, values = (_key_value(p, x, heads).tensor for x in (k, v))
+        bias = None if mask is None else _heads_of_mask(p, mask, heads)
+    times = queries.shape[-3] // keys.shape[-3]
+    if times > 1:
+        keys, values = (_aten.repeat_interleave.self_int(x, times, -3) for x in (keys, values))
+    scale = given.get("scale") or q.shape[-1] ** -0.5
+    scores = queries @ keys.transpose(-2, -1) * scale
+    if given.get("is_causal"):
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = torch.where(causal, scores, -math.inf)
+    if bias is not None:
+        scores = torch.where(bias, scores, -math.inf) if bias.dtype is torch.bool else scores + bias
+    dropped, _ = p.dropped(scores.softmax(-1), probability, sharded)
+    out = p.result(dropped @ values, placement)
+    return p.to(out, p.axis.pieces(2, p.shape[2])) if sharded else out
+
+
+def _draw(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    """Any other random operator draws whole values, the first place's on all."""
+    args, kwargs = _map_values(lambda v: p.axis.whole(v), (args, kwargs))
+    result = target(*args, **kwargs)
+    return p.result(tree_map(lambda t: p.axis.agreed(t) if isinstance(t, Tensor) else t, result), R)
+
+
+RANDOM: dict[str, Rule] = {
+    "dropout": _dropout,
+    "native_dropout": _dropout,
+    "scaled_dot_product_attention": _attention_dropout,
+}
+
+# Losses.
+
+_NONE, _MEAN = 0, 1
+
+
+@rule("cross_entropy_loss")
+def cross_entropy(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    """Sums and counts are combined over the axis, never means; a place without a valid token adds zero."""
+    logits, labels, *rest = args
+    defaults = {"weight": None, "reduction": _MEAN, "ignore_index": -100, "label_smoothing": 0.0}
+    given = defaults | dict(zip(defaults, rest, strict=False)) | kwargs
+    if len(logits.shape) != len(labels.shape) + 1 or not logits.sharded:
+        return None
+    classes = 1 if len(logits.shape) > 1 else 0
+    if logits.shard.dim == classes:
+        return None
+    place = logits.shard.at(0 if logits.shard.dim == 0 else logits.shard.dim - 1)
+    mine = p.to(labels, place)
+    weight = p.beside(given["weight"])
+    each = target(logits.tensor, mine.tensor, weight, _NONE, given["ignore_index"], given["label_smoothing"])
+    if given["reduction"] == _NONE:
+        return p.result(each, place)
+    summed = p.axis.total(p.masked(Value(each, place, labels.shape)).sum())
+    if given["reduction"] != _MEAN:
+        return p.result(summed, R)
+    counted = mine.tensor != given["ignore_index"]
+    share = counted.to(each.dtype)
+    if weight is not None:
+        share = share * weight[torch.where(counted, mine.tensor, 0)]
+    share = p.masked(Value(share, place, labels.shape))
+    return p.result(summed / p.axis.total(share.sum()), R)
+
+
+@rule("nll_loss", "nll_loss_nd")
+def nll(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    """Negative log-likelihood, as :func:`cross_entropy`."""
+    scores, labels, *rest = args
+    defaults = {"weight": None, "reduction": _MEAN, "ignore_index": -100}
+    given = defaults | dict(zip(defaults, rest, strict=False)) | kwargs
+    if not scores.sharded or scores.shard.dim != 0 or len(scores.shape) != 2:
+        return None
+    mine, weight = p.to(labels, scores.shard), p.beside(given["weight"])
+    each = target(scores.tensor, mine.tensor, weight, _NONE, given["ignore_index"])
+    if given["reduction"] == _NONE:
+        return p.result(each, scores.shard)
+    summed = p.axis.total(p.masked(Value(each, scores.shard, labels.shape)).sum())
+    if given["reduction"] != _MEAN:
+        return p.result(summed, R)
+    counted = mine.tensor != given["ignore_index"]
+    share = counted.to(each.dtype)
+    if weight is not None:
+        share = share * weight[torch.where(counted, mine.tensor, 0)]
+    return p.result(summed / p.axis.total(p.masked(Value(share, scores.shard, labels.shape)).sum()), R)
+
+
+@rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
+      "binary_cross_entropy_with_logits", "soft_margin_loss")  # fmt: skip
+def elementwise_loss(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    names = [name for name, _ in compat.operator_arguments(target)]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    reduction = given.get("reduction", _MEAN)
+    first, second = args[:2]
+    if not _known_same(first.shape, second.shape):
+        return None
+    shard = (first if first.sharded else second).shard
+    local = {k: p.to(v, shard).tensor if isinstance(v, Value) else v for k, v in given.items()}
+    each = target(**local | {"reduction": _NONE})
+    if reduction == _NONE:
+        return p.result(each, shard)
+    total = p.axis.total(p.masked(Value(each, shard, first.shape)).sum())
+    return p.result(total / math.prod(first.shape) if reduction == _MEAN else total, R)
