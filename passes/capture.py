@@ -156,7 +156,8 @@ def _inlined(graph: GraphModule) -> tuple[GraphModule, dict[int, Any]]:
                 returned = copy(body, own, compat.checkpoint_tags(region))
                 _bind_results(node, returned, env)
                 continue
-            if node in env:
+            is_body = node.op == "get_attr" and all(compat.is_checkpoint(u.target) for u in node.users)
+            if node in env or is_body:
                 continue
             env[node] = made.node_copy(node, env.__getitem__)
             env[node].meta = {**node.meta, **(tags if node.op == "call_function" else {})}

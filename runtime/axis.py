@@ -49,12 +49,26 @@ def _resized(x: Tensor, dim: int, size: Any) -> list[Any]:
 
 def _padded(x: Tensor, dim: int, positions: Any, repeat: bool) -> Tensor:
     """``x`` with ``dim`` extended to ``positions``, by its last position or by zeros."""
-    missing = positions - x.shape[dim]
-    if isinstance(missing, int) and missing == 0:
-        return x
-    shape = _resized(x, dim, missing)
-    last = x.narrow(dim, x.shape[dim] - 1, 1).expand(shape) if repeat else x.new_zeros(shape)
-    return torch.cat([x, last], dim)
+    length = x.shape[dim]
+    missing = positions - length
+    if isinstance(missing, int):
+        if missing == 0:
+            return x
+        shape = _resized(x, dim, missing)
+        last = x.narrow(dim, length - 1, 1).expand(shape) if repeat else x.new_zeros(shape)
+        return torch.cat([x, last], dim)
+    # A tensor of so many positions would be a program for lengths that lack none, and one for those that do.
+    index = torch.arange(positions, device=x.device)
+    longer = x.index_select(dim, index.clamp(max=length - 1))
+    exists = (index < length).reshape([-1] + [1] * (x.ndim - dim - 1))
+    return longer if repeat else torch.where(exists, longer, 0)
+
+
+def _cut(x: Tensor, dim: int, length: Any) -> Tensor:
+    if isinstance(x.shape[dim] - length, int):
+        return x.narrow(dim, 0, length)
+    # Whether a view of so many positions is dense would be asked, and be another program each way.
+    return x.index_select(dim, torch.arange(length, device=x.device))
 
 
 def _split(x: Tensor, dim: int, outer: Any, length: Any, chunk: Any, ranks: int, repeat: bool) -> Tensor:
@@ -70,7 +84,7 @@ def _join(x: Tensor, dim: int, outer: Any, length: Any, chunk: Any, ranks: int) 
     x = x.reshape([ranks, *x.shape[1 : dim + 1], outer, chunk, *x.shape[dim + 2 :]])
     x = x.movedim(0, dim + 1)
     x = x.reshape([*x.shape[: dim + 1], ranks * chunk, *x.shape[dim + 3 :]])
-    x = x.narrow(dim + 1, 0, length)
+    x = _cut(x, dim + 1, length)
     return x.reshape([*x.shape[:dim], outer * length, *x.shape[dim + 2 :]])
 
 
@@ -89,8 +103,8 @@ def _part(x: Tensor, dim: int, outer: Any, length: Any, chunk: Any, group: str) 
 
 def _unpart(x: Tensor, dim: int, outer: Any, length: Any, chunk: Any, group: str) -> Tensor:
     ranks, rank = compat.group_size(group), compat.group_rank(group)
-    whole = x.new_zeros([ranks, *x.shape])
-    whole[rank] = x
+    before, after = x.new_zeros([rank, *x.shape]), x.new_zeros([ranks - rank - 1, *x.shape])
+    whole = torch.cat([before, x[None], after])
     return _join(whole, dim, outer, length, chunk, ranks).clone(memory_format=torch.contiguous_format)
 
 

@@ -81,11 +81,16 @@ def trace_before_autograd(function: Callable[..., Any], fakes: Sequence[Any]) ->
 
 
 def trace_plain(function: Callable[..., Any], values: Sequence[Any]) -> torch.fx.GraphModule:
-    """``function(*values)`` as ATen operators, without gradients; ``values`` are fakes and symbolic sizes."""
+    """``function(*values)`` as the ATen operators that Inductor takes, without gradients.
+
+    ``values`` are fakes and symbolic sizes.
+    """
+    from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    trace = make_fx(function, select_decomp_table(), tracing_mode="real", _allow_non_fake_inputs=True)
     with fake_mode_of(values) or contextlib.nullcontext(), torch.no_grad():
-        return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+        return trace(*values)
 
 
 def functionalized(function: Callable[..., Sequence[Any]], written: Sequence[int]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ With ``sp`` ranks to a group, group ``g`` trains on batch ``g``; the reference i
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import torch
@@ -23,10 +24,9 @@ def train(
     """Train sharded and unsharded side by side; the model and the largest relative error of the loss.
 
     ``tolerance`` is for the loss and for the first step's gradients. Later steps begin from parameters that
-    AdamW has moved apart, which scales gradients of the size of rounding noise (a key's bias) up to the others'.
+    AdamW has moved apart: it scales gradients that are nothing but rounding noise (a key's bias) up.
     """
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+    fresh()
     model = case.build().train()
     reference = copy.deepcopy(model)
     if explicit:
@@ -53,6 +53,18 @@ def train(
     return model, worst
 
 
+def fresh() -> None:
+    """Begin anew: no compiled code, the same seed, and no old objects to look through.
+
+    Preparing a model searches all objects that Python tracks for optimizers, and what compilers leave behind
+    is most of them.
+    """
+    torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()
+    torch.manual_seed(0)
+
+
 def reference_losses(reference: nn.Module, batches: list[dict[str, Any]]) -> list[float]:
     losses = []
     for batch in batches:
@@ -69,4 +81,4 @@ def gathers(model: nn.Module) -> list[str]:
     return [f"{d.action}: {d.reason}" for r in records for d in r.decisions]
 
 
-__all__ = ["gathers", "reference_losses", "reference_step", "train"]
+__all__ = ["fresh", "gathers", "reference_losses", "reference_step", "train"]

@@ -529,6 +529,9 @@ def elementwise(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
 def reshape(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     x = args[0]
+    if len(p.shape) == 2 and x.sharded and _known_same([x.shard.dim, x.shape[-1]], [len(x.shape) - 1, p.shape[1]]):
+        # Tokens become rows of a matrix, for a product that wants its columns whole.
+        x = _freed(p, x, x.shard.dim) or x
     shard = reshaped(x.shape, x.shard, p.shape) if x.sharded else None
     if shard is None:
         return None
