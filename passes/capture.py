@@ -24,7 +24,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from autodist.passes.graph import output_of
+from autodist.passes.analysis.placement import PlacementError
+from autodist.passes.graph import output_of, where
 from autodist.runtime import compat
 from autodist.runtime.compat import tree_leaves
 from autodist.runtime.parameters import unshard
@@ -146,6 +147,12 @@ def _inlined(graph: GraphModule) -> tuple[GraphModule, dict[int, Any]]:
                 continue
             if node.op == "output":
                 return torch.fx.map_arg(node.args[0], env.__getitem__)
+            if compat.is_custom_gradient(node.target):
+                raise PlacementError(
+                    f"'{node.name}' ({where(node)}) is a torch.autograd.Function: its own backward is not "
+                    "known to be right on pieces of sequences, and sequence parallelism does not carry it "
+                    "over. Write it in operators that autograd knows, or as a torch.library.custom_op."
+                )
             if compat.is_checkpoint(node.target):
                 body = getattr(module, node.args[0].target)
                 region, policy = next(number), compat.checkpoint_policy(body)

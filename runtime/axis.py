@@ -14,6 +14,7 @@ so it is as finite as real values are, and a gather cuts it off again. Its cotan
     vary       R beside S     identity                    all-reduce
     settle     W beside R     identity                    divide by P
     valid                     which positions are no padding
+    last                      the last position, everywhere; no gradient
     agreed                    the first rank's value, everywhere; no gradient
     keep                      a random mask for dropout
 
@@ -153,6 +154,14 @@ def _valid(like: Tensor, outer: Any, length: Any, chunk: Any, group: str) -> Ten
     return mine.expand([outer, chunk]).reshape(-1).clone()
 
 
+def _last(x: Tensor, dim: int, outer: Any, length: Any, chunk: Any, group: str) -> Tensor:
+    own = torch.full([1], length - 1, device=x.device) - compat.group_rank(group) * chunk
+    pieces = x.reshape([*x.shape[:dim], outer, chunk, *x.shape[dim + 1 :]])
+    found = pieces.index_select(dim + 1, own.clamp(0, chunk - 1)).reshape(_resized(x, dim, outer))
+    mine = torch.where((own >= 0) & (own < chunk), found, 0)
+    return _collectives.wait_tensor(_collectives.all_reduce(mine.contiguous(), "sum", group))
+
+
 def _agreed(x: Tensor, group: str) -> Tensor:
     mine = x if compat.group_rank(group) == 0 else torch.zeros_like(x)
     wide = mine.to(torch.uint8) if x.dtype is torch.bool else mine
@@ -209,6 +218,10 @@ def _fake_clone(x: Tensor, group: str) -> Tensor:
 
 def _fake_valid(like: Tensor, outer: Any, length: Any, chunk: Any, group: str) -> Tensor:
     return like.new_empty([outer * chunk], dtype=torch.bool)
+
+
+def _fake_last(x: Tensor, dim: int, outer: Any, length: Any, chunk: Any, group: str) -> Tensor:
+    return x.new_empty(_resized(x, dim, outer))
 
 
 def _fake_keep(like: Tensor, *_: Any) -> Tensor:
@@ -269,7 +282,8 @@ _OPERATORS: tuple[_Operator, ...] = (
     ),
     ("reduce(Tensor x, str group) -> Tensor", _reduce, _fake_same, _reduce_backward),
     ("vary(Tensor x, str group) -> Tensor", _same, _fake_clone, _vary_backward),
-    ("settle(Tensor x, str group) -> Tensor", _same, _fake_same, _settle_backward),
+    ("settle(Tensor x, str group) -> Tensor", _same, _fake_clone, _settle_backward),
+    (f"last(Tensor x, {_PLACE}, str group) -> Tensor", _last, _fake_last, None),
     ("agreed(Tensor x, str group) -> Tensor", _agreed, _fake_same, None),
     (
         "keep(Tensor like, Tensor seed, int number, float p, bool sharded, str group) -> Tensor",
@@ -304,6 +318,7 @@ reduce = torch.ops.autodist.reduce.default
 vary = torch.ops.autodist.vary.default
 settle = torch.ops.autodist.settle.default
 valid = torch.ops.autodist.valid.default
+last = torch.ops.autodist.last.default
 agreed = torch.ops.autodist.agreed.default
 keep = torch.ops.autodist.keep.default
 

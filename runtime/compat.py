@@ -125,6 +125,13 @@ def is_checkpoint(target: Any) -> bool:
     return target is torch.ops.higher_order.tag_activation_checkpoint
 
 
+def is_custom_gradient(target: Any) -> bool:
+    """Whether a captured call is a ``torch.autograd.Function``, with a backward of its own."""
+    from torch._functorch.autograd_function import autograd_function_apply
+
+    return target is autograd_function_apply
+
+
 def checkpoint_tags(number: int) -> dict[str, Any]:
     """The metadata that makes the partitioner recompute a node of a checkpoint's body."""
     from torch.utils.checkpoint import CheckpointPolicy
@@ -454,6 +461,11 @@ def flop_formula(target: Any) -> Callable[..., Any] | None:
 
     formula = flop_registry.get(getattr(target, "overloadpacket", target))
     return formula if hasattr(formula, "__wrapped__") else None
+
+
+def returns_nothing(target: Any) -> bool:
+    """Whether an operator is called for what it does alone, as an assertion is."""
+    return isinstance(target, OpOverload) and not target._schema.returns
 
 
 def is_mutating(target: Any) -> bool:

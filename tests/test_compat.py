@@ -895,6 +895,34 @@ def test_checkpoints_in_captured_programs() -> None:
     assert selective(aten.sin.default, (x,), {}) is CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def test_calls_without_a_value() -> None:
+    assert compat.returns_nothing(aten._assert_async.default)
+    assert not compat.returns_nothing(aten.sin.default) and not compat.returns_nothing(len)
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 2
+
+
+def test_gradients_of_ones_own_are_seen() -> None:
+    found: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        found.extend(compat.is_custom_gradient(t) for t in _calls(graph))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(_Doubled.apply, backend=backend)(torch.ones(2, requires_grad=True))
+    torch.compile(lambda x: _Doubled.apply(x).sin(), backend=backend)(torch.ones(2, requires_grad=True))
+    assert any(found) and not all(found)
+
+
 def test_where_results_go() -> None:
     found: list[bool] = []
 

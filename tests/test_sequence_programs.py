@@ -96,6 +96,158 @@ def test_exchanges_start_early_and_are_waited_for_late(tmp_path: Path) -> None:
     assert any("mul" in str(n.target) for n in nodes[before[0] : before[-1]])
 
 
+# --- programs that are easily got wrong ------------------------------------------------------------
+
+
+class Base(nn.Module):
+    """An embedding, a layer and a head; what lies between is the test's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, 8)
+        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, VOCAB)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def extra(self, x: torch.Tensor) -> torch.Tensor | float:
+        return 0.0
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **_: Any) -> Output:
+        x = self.between(self.mix(self.table(input_ids)))
+        loss = nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+        return Output(loss + self.extra(x))
+
+
+class RootOfWhatIsLeft(Base):
+    """The last position is zero, where a square root has no finite gradient, and is cut off."""
+
+    def extra(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        x = x * (torch.arange(length) < length - 1)[None, :, None]
+        return x[:, :-1].square().sum(-1).sqrt().mean()
+
+
+class MaskedRows(Base):
+    """Rows that attend to nothing, with dropout so rare that it never happens."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        length = x.shape[1]
+        seen = torch.ones(length, length, dtype=torch.bool).tril() & (torch.arange(length) > 2)
+        y = nn.functional.scaled_dot_product_attention(heads, heads, heads, seen, dropout_p=1e-9)
+        return x + y.transpose(1, 2).flatten(2)
+
+
+class OneAttendingHead(Base):
+    """Attention without heads: the batch, of odd size, is what its products have in common."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (x @ x.transpose(1, 2)).softmax(-1) @ x
+
+
+class AcrossTheToken(Base):
+    """Attention inside a token: the sequence is a batch to it."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        parts = x.unflatten(-1, (4, 2))
+        return x + nn.functional.scaled_dot_product_attention(parts, parts, parts).flatten(2)
+
+
+@torch.library.custom_op("autodist_tests::silu", mutates_args=())
+def _centred(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean(1, keepdim=True)
+
+
+@_centred.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_centred.register_autograd(lambda ctx, grad: grad - grad.mean(1, keepdim=True))
+
+
+class OwnOperator(Base):
+    """An operator that mixes positions, and has the name of one that does not."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return _centred(x)
+
+
+class ClassTargets(Base):
+    """One-hot targets, weighted by token and by class."""
+
+    def extra(self, x: torch.Tensor) -> torch.Tensor:
+        targets = nn.functional.one_hot(x.detach().argmax(-1), 8).float()
+        weight, rarity = targets.sum(-1, keepdim=True) + 0.5, torch.linspace(0.5, 2, 8)
+        return nn.functional.binary_cross_entropy_with_logits(x, targets, weight, pos_weight=rarity)
+
+
+def _odd(g: torch.Generator) -> dict[str, Any]:
+    ids = torch.randint(0, VOCAB, (3, 13), generator=g)
+    return {"input_ids": ids, "labels": ids.roll(-1, 1)}
+
+
+def easily_wrong() -> dict[str, list[str]]:
+    found = {}
+    for build in (RootOfWhatIsLeft, MaskedRows, OneAttendingHead, AcrossTheToken, OwnOperator, ClassTargets):
+        model, _ = train(Case(build, _odd), SP2, steps=1, tolerance=2e-5)
+        found[build.__name__] = [g for g in gathers(model) if g.startswith("gathered")]
+    return found
+
+
+def test_programs_that_are_easily_got_wrong() -> None:
+    for found in run_ranks(easily_wrong, 2):
+        assert [name for name, gathered in found.items() if gathered] == ["OwnOperator"]
+
+
+def one_hot_without_sequences() -> None:
+    train(Case(ClassTargets, _odd), {"lowering": "eager", "sp": 1}, steps=1)
+
+
+def test_assertions_in_a_program() -> None:
+    """``one_hot`` asserts something of its input: a call without a value."""
+    run_ranks(one_hot_without_sequences, 2)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return -grad
+
+
+class OwnBackward(Base):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return Reversed.apply(x)
+
+
+class OtherDropout(Base):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.alpha_dropout(x, 0.5, self.training)
+
+
+def refused() -> list[str]:
+    messages = []
+    for build in (OwnBackward, OtherDropout):
+        torch._dynamo.reset()
+        compiled = torch.compile(build(), backend="autodist", options=SP2)
+        try:
+            compiled(**_odd(torch.Generator().manual_seed(0)))
+        except Exception as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_what_cannot_be_right_is_refused() -> None:
+    for own, other in run_ranks(refused, 2):
+        assert "is a torch.autograd.Function" in own and "test_sequence_programs.py" in own
+        assert "draws random numbers for a value that has a gradient" in other
+
+
 # --- verify ----------------------------------------------------------------------------------------
 
 

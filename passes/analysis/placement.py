@@ -174,6 +174,10 @@ class Axis:
         """A mask that is False with probability ``p``: each piece's own, or one for all."""
         return axis.keep(like, seed, number, p, sharded, self.group)
 
+    def last(self, tensor: Tensor, shard: Shard) -> Tensor:
+        """The last position of a dimension whose ``outer`` is one, on every place."""
+        return axis.last(tensor, shard.dim, shard.outer, shard.length, shard.chunk, self.group)
+
     def valid(self, like: Tensor, shard: Shard) -> Tensor:
         """A mask over the shard's dimension: True where it holds a position, False on padding."""
         return axis.valid(like, shard.outer, shard.length, shard.chunk, self.group)
@@ -265,6 +269,8 @@ class Propagation(Interpreter):
         wide = source.meta["val"].shape
         source = source.all_input_nodes[0]
         while source.meta["val"].ndim > 4 and _operator_name(source.target) in _SAME_ELEMENTS:
+            if _operator_name(source.target) == "unsqueeze" and _dim(source.args[1], 5) != 2:
+                return None  # heads in turn, not each several times
             source = source.all_input_nodes[0]
         base = self._values.get(source)
         shape = tuple(node.meta["val"].shape)
@@ -473,7 +479,9 @@ RULES: dict[str, Rule] = {}
 
 
 def _rule_for(target: Any) -> Rule | None:
-    found = RULES.get(_operator_name(target))
+    # Other libraries' operators may have the names of ATen's.
+    known = target is _copy or getattr(target, "namespace", None) in ("aten", "prims")
+    found = RULES.get(_operator_name(target)) if known else None
     if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
         return elementwise
     return found
@@ -513,14 +521,17 @@ def elementwise(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     if not compat.known_equal(p.shape[shard.dim], shard.outer * shard.length):
         return None
 
-    def local(value: Value) -> Tensor:
-        dim = shard.dim - (ndim - len(value.shape))
-        if dim < 0 or compat.known_equal(value.shape[dim], 1):
-            return p.beside(value)
-        return p.to(value, shard.at(dim)).tensor
-
-    args, kwargs = _map_values(local, (args, kwargs))
+    args, kwargs = _map_values(lambda v: _aligned(p, v, shard, ndim), (args, kwargs))
     return p.result(target(*args, **kwargs), shard)
+
+
+def _aligned(p: Propagation, value: Value, shard: Shard, ndim: int) -> Tensor:
+    """``value`` for use beside a value of ``ndim`` dimensions under ``shard``, to which it is broadcast."""
+    dim = shard.dim - (ndim - len(value.shape))
+    total = shard.outer * shard.length
+    if dim < 0 or (compat.known_equal(value.shape[dim], 1) and not compat.known_equal(total, 1)):
+        return p.beside(value)
+    return p.to(value, shard.at(dim)).tensor
 
 
 # Shapes.
@@ -529,7 +540,8 @@ def elementwise(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
 def reshape(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     x = args[0]
-    if len(p.shape) == 2 and x.sharded and _known_same([x.shard.dim, x.shape[-1]], [len(x.shape) - 1, p.shape[1]]):
+    last = len(x.shape) - 1
+    if len(p.shape) == 2 and x.sharded and _known_same((x.shard.dim, x.shape[last]), (last, p.shape[1])):
         # Tokens become rows of a matrix, for a product that wants its columns whole.
         x = _freed(p, x, x.shard.dim) or x
     shard = reshaped(x.shape, x.shard, p.shape) if x.sharded else None
@@ -617,6 +629,8 @@ def expand(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     if not x.sharded:
         return None
     shard = x.shard.at(x.shard.dim + len(p.shape) - len(x.shape))
+    if not compat.known_equal(p.shape[shard.dim], x.shape[x.shard.dim]):
+        return None
     local = [shard.local if d == shard.dim else s for d, s in enumerate(p.shape)]
     return p.result(_aten.expand.default(x.tensor, local), shard)
 
@@ -636,10 +650,18 @@ def narrow(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     if compat.known_equal(p.shape[dim], x.shape[dim]):
         return x
     start, step = _argument(args, kwargs, 2, "start") or 0, _argument(args, kwargs, 4, "step", 1)
+    if compat.known_equal(p.shape[dim], 1):
+        return _position(p, x, dim, start, keep=True)
     if not (compat.known_equal(start, 0) and step == 1 and compat.known_equal(x.shard.outer, 1)):
         return None
-    # Positions cut off the end become padding where they are.
-    return p.result(x.tensor, replace(x.shard, length=p.shape[dim]))
+    # Positions cut off the end become padding where they are. What stood there is no longer used, and need
+    # not be fit to be computed with (the square root of what was set to zero, say).
+    shard = replace(x.shard, length=p.shape[dim])
+    if not x.tensor.is_floating_point():
+        return p.result(x.tensor, shard)
+    after = [1] * (len(x.shape) - dim - 1)
+    valid = p.axis.valid(x.tensor, shard).reshape([-1, *after])
+    return p.result(torch.where(valid, x.tensor, p.axis.last(x.tensor.detach(), shard)), shard)
 
 
 @rule("select")
@@ -648,14 +670,18 @@ def select(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     dim = _dim(dim, len(x.shape))
     if dim != x.shard.dim:
         return p.result(target(x.tensor, dim, index), x.shard.at(x.shard.dim - (dim < x.shard.dim)))
-    # One position (a class token): what has it adds it, the others add zero.
+    return _position(p, x, dim, index, keep=False)
+
+
+def _position(p: Propagation, x: Value, dim: int, index: Any, keep: bool) -> Value | None:
+    """One position (a class token): what has it adds it, the others add zero."""
     size = x.shape[dim]
     chosen = torch.arange(size, device=x.tensor.device) == (index + size if index < 0 else index)
     place = x.shard.at(0)
     piece = p.axis.sharded(Value(chosen, R, (size,)), place)
     mask = p.masked(Value(piece, place, (size,)), False)  # padding repeats the last position
     after = [1] * (len(x.shape) - dim - 1)
-    mine = torch.where(mask.reshape([-1, *after]), x.tensor, 0).sum(dim, dtype=x.tensor.dtype)
+    mine = torch.where(mask.reshape([-1, *after]), x.tensor, 0).sum(dim, keep, dtype=x.tensor.dtype)
     return p.total(mine) if x.tensor.dtype is not torch.bool else None
 
 
@@ -778,7 +804,7 @@ def other_reduction(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(given, (list, tuple)) or any(isinstance(v, Value) for v in args[1:]):
         return None
     dims = [_dim(d, len(x.shape)) for d in given]
-    if x.shard.dim in dims:
+    if x.shard.dim in dims or not dims:
         return None
     result = target(x.tensor, *args[1:], **kwargs)
     first = result[0] if isinstance(result, (tuple, list)) else result
@@ -875,8 +901,10 @@ def _in_batch(p: Propagation, target: Any, a: Value, b: Value, roles: tuple[Any,
         if not common:
             x = _freed(p, a, a.shard.dim) if roles[0] == "k" else None
             return None if x is None else p.result(target(x.tensor, p.beside(b)), x.shard)
-        dim = common[0]
-        shard = p.even_pieces(dim, p.shape[dim], "a product of sequences (attention)")
+        dim, size = common[0], p.shape[common[0]]
+        # Heads must divide; batches, which come first, may be padded.
+        what = "a product of sequences (attention)"
+        shard = p.axis.pieces(0, size) if dim == 0 else p.even_pieces(dim, size, what)
 
     def local(v: Value) -> Tensor:
         if not _has(v, shard.dim, ndim):
@@ -899,6 +927,10 @@ def attention(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     q, k, v, *rest = args
     kwargs = dict(kwargs)
     ndim = len(q.shape)
+    if q.sharded and q.shard.dim < ndim - 2:  # not along the sequence that attends
+        local = {k: _aligned(p, v, q.shard, ndim) if isinstance(v, Value) else v for k, v in kwargs.items()}
+        args = _map_values(lambda v: _aligned(p, v, q.shard, ndim), args)
+        return p.result(target(*args, **local), q.shard) if _known_same(q.shape[:-2], k.shape[:-2]) else None
     if ndim != 4:
         return None
     heads = p.even_pieces(1, q.shape[1], "attention")
@@ -974,21 +1006,41 @@ def _attention_dropout(p: Propagation, target: Any, args: Any, kwargs: Any) -> A
         scores = torch.where(causal, scores, -math.inf)
     if bias is not None:
         scores = torch.where(bias, scores, -math.inf) if bias.dtype is torch.bool else scores + bias
-    dropped, _ = p.dropped(scores.softmax(-1), probability, sharded)
+    # Rows that are masked altogether attend to nothing, as in torch.
+    dropped, _ = p.dropped(_aten._safe_softmax.default(scores, -1), probability, sharded)
     out = p.result(dropped @ values, placement)
     return p.to(out, p.axis.pieces(2, p.shape[2])) if sharded else out
 
 
 def _draw(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     """Any other random operator draws whole values, the first place's on all."""
+    if any(v.tensor.requires_grad for v in _values(args, kwargs)):
+        raise PlacementError(
+            f"node '{p.node.name}' ({where(p.node)}): {target} draws random numbers for a value that has a "
+            "gradient, and ranks would draw different ones. Use torch.nn.functional.dropout, or draw the "
+            "numbers first (torch.rand) and compute with them."
+        )
     args, kwargs = _map_values(lambda v: p.axis.whole(v), (args, kwargs))
     result = target(*args, **kwargs)
     return p.result(tree_map(lambda t: p.axis.agreed(t) if isinstance(t, Tensor) else t, result), R)
 
 
+def _other_dropout(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, probability, train = args
+    return x if not train or probability == 0 else _draw(p, target, args, kwargs)
+
+
+def _rrelu(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    return _draw(p, target, args, kwargs) if _argument(args, kwargs, 3, "training", False) else None
+
+
 RANDOM: dict[str, Rule] = {
     "dropout": _dropout,
     "native_dropout": _dropout,
+    "alpha_dropout": _other_dropout,
+    "feature_dropout": _other_dropout,
+    "feature_alpha_dropout": _other_dropout,
+    "rrelu": _rrelu,
     "scaled_dot_product_attention": _attention_dropout,
 }
 
@@ -1057,7 +1109,7 @@ def elementwise_loss(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any
     if not _known_same(first.shape, second.shape):
         return None
     shard = (first if first.sharded else second).shard
-    local = {k: p.to(v, shard).tensor if isinstance(v, Value) else v for k, v in given.items()}
+    local = _map_values(lambda v: _aligned(p, v, shard, len(first.shape)), given)
     each = target(**local | {"reduction": _NONE})
     if reduction == _NONE:
         return p.result(each, shard)
