@@ -79,6 +79,12 @@ def core_of(captured: GraphModule) -> Core:
     fakes = tuple(_fake(n) for n in inputs)
     outputs = len(tree_leaves(output_of(module).args[0]))
     graph, written = _functional(module, fakes)
+    for node in graph.graph.nodes:
+        if node.target is _aten.as_strided.default:
+            raise PlacementError(
+                f"'{node.name}' ({where(node)}) reads memory by strides (as_strided), which are others in a "
+                "piece of a sequence. Use slices, views or unfold."
+            )
     weights = frozenset(env[n].name for n in reads.values())
     placeholders = graph.graph.find_nodes(op="placeholder")
     names = {env[n].name: p.name for n, p in zip(inputs, placeholders, strict=True)}
@@ -149,9 +155,10 @@ def _inlined(graph: GraphModule) -> tuple[GraphModule, dict[int, Any]]:
                 return torch.fx.map_arg(node.args[0], env.__getitem__)
             if compat.is_custom_gradient(node.target):
                 raise PlacementError(
-                    f"'{node.name}' ({where(node)}) is a torch.autograd.Function: its own backward is not "
-                    "known to be right on pieces of sequences, and sequence parallelism does not carry it "
-                    "over. Write it in operators that autograd knows, or as a torch.library.custom_op."
+                    f"'{node.name}' ({where(node)}) is a torch.autograd.Function, a hook or the like: what "
+                    "it does to gradients is not known to be right on pieces of sequences, and sequence "
+                    "parallelism does not carry it over. Write it in operators that autograd knows, or as "
+                    "a torch.library.custom_op."
                 )
             if compat.is_checkpoint(node.target):
                 body = getattr(module, node.args[0].target)

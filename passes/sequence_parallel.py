@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from autodist.passes.analysis.placement import Axis, Gathered, PlacementError, Propagation, Value
+from autodist.passes.analysis.placement import Axis, Gathered, Propagation, Value
 from autodist.passes.base import Context, Pass, Phase
 from autodist.passes.capture import core_of, rebuilt
 from autodist.passes.graph import replace, value
@@ -82,15 +82,18 @@ class SequenceParallel(Pass):
         kept: dict[int, Kept],
         inputs: Sequence[Node],
     ) -> Any:
+        where = propagation.axis
         if not value.sharded:
-            return propagation.axis.whole(value)
-        small = len(value.shape) <= 2 or value.shard.dim == len(value.shape) - 1
+            return where.whole(value)
+        small = all(compat.known_equal(s, 1) for s in value.shape[value.shard.dim + 1 :])
         if index < outputs and not small and self.outputs != "gathered" and compat.returns_to_user():
             if self.outputs == "withheld":
-                kept[index] = Kept(value.shard.dim, _length(value.shard.length, inputs))
+                kept[index] = Kept(value.shard.dim, _length(value.shape[value.shard.dim], inputs))
                 return value.tensor.detach()
-            if compat.known_equal(value.shard.outer, 1):
-                kept[index] = Kept(value.shard.dim, _length(value.shard.length, inputs))
+            length = _length(value.shard.length, inputs)
+            # A DTensor's pieces are as long as torch would make them.
+            if length is not None and value.shard.same(where.pieces(value.shard.dim, value.shard.length)):
+                kept[index] = Kept(value.shard.dim, length)
                 return value.tensor
         output = propagation.module.graph.find_nodes(op="output")[0]  # type: ignore[union-attr]
         size = value.tensor.element_size() * _count(value.shape)
@@ -109,8 +112,11 @@ class SequenceParallel(Pass):
             )  # fmt: skip
 
 
-def _length(length: Any, inputs: Sequence[Node]) -> int | tuple[int, int]:
-    """A length as a number, or as the place to read it when the program runs: (input, dimension)."""
+def _length(length: Any, inputs: Sequence[Node]) -> int | tuple[int, int] | None:
+    """A length as a number, or as the place to read it when the program runs: (input, dimension).
+
+    None for a size that depends on an input's and is no input's.
+    """
     if not isinstance(length, torch.SymInt):
         return int(length)
     for place, node in enumerate(inputs):
@@ -119,10 +125,7 @@ def _length(length: Any, inputs: Sequence[Node]) -> int | tuple[int, int]:
             for dim, size in enumerate(example.shape):
                 if compat.known_equal(size, length):
                     return place, dim
-    raise PlacementError(
-        f"an output has a sharded dimension of {length} positions, a size that is no input's. Set "
-        'outputs="gathered" in the plan.'
-    )
+    return None
 
 
 def _count(shape: Any) -> int:
@@ -143,7 +146,7 @@ class Unmark(Pass):
         for node in list(graph.graph.nodes):
             if node.target in (axis.vary, axis.settle):
                 given = node.args[0]
-                if value(node).stride() == value(given).stride():
+                if all(map(compat.known_equal, value(node).stride(), value(given).stride())):
                     replace(node, given)
                 else:  # it made an expanded value dense, and views may rely on that
                     node.target, node.args = torch.ops.aten.clone.default, (given,)

@@ -125,11 +125,18 @@ def is_checkpoint(target: Any) -> bool:
     return target is torch.ops.higher_order.tag_activation_checkpoint
 
 
-def is_custom_gradient(target: Any) -> bool:
-    """Whether a captured call is a ``torch.autograd.Function``, with a backward of its own."""
-    from torch._functorch.autograd_function import autograd_function_apply
+_PLAIN_HIGHER_ORDER = ("tag_activation_checkpoint", "cond", "flex_attention", "while_loop")
 
-    return target is autograd_function_apply
+
+def is_custom_gradient(target: Any) -> bool:
+    """Whether a captured call says something of gradients that its operators do not.
+
+    A ``torch.autograd.Function`` with a backward of its own, a hook on an intermediate value; and any other
+    call of functions that is not known to say nothing.
+    """
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return target.name() not in _PLAIN_HIGHER_ORDER
+    return target == "register_hook"
 
 
 def checkpoint_tags(number: int) -> dict[str, Any]:

@@ -71,11 +71,12 @@ _METADATA = {
 class Kept:
     """A result that stays in pieces of dimension ``dim``.
 
-    ``length`` is that dimension's size: a number, or which dimension of which argument has the same size.
+    ``length`` is that dimension's size: a number, or which dimension of which argument has the same size;
+    where None, the pieces' sizes together are an upper bound of it.
     """
 
     dim: int
-    length: int | tuple[int, int]
+    length: int | tuple[int, int] | None
 
 
 def returned(
@@ -84,7 +85,9 @@ def returned(
     """What the caller gets for ``local``, this rank's piece of a result."""
     if isinstance(local, compat.FakeTensor):
         return local  # in a dry run there is no data to withhold
-    if isinstance(kept.length, int):
+    if kept.length is None:
+        length = local.shape[kept.dim] * mesh.size()
+    elif isinstance(kept.length, int):
         length = kept.length
     else:
         place, dim = kept.length

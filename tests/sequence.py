@@ -43,8 +43,9 @@ def train(
         losses = reference_losses(reference, batches)
         loss = compiled(**batches[group]).loss
         loss.backward()
-        worst = max(worst, abs(loss.item() - losses[group]) / abs(losses[group]))
-        assert worst < tolerance, f"step {step}: loss {loss.item()} for {losses[group]}"
+        found = abs(loss.item() - losses[group]) / abs(losses[group])
+        assert found < tolerance, f"step {step}: loss {loss.item()} for {losses[group]}"
+        worst = max(worst, found)
         check_gradients(model, reference, tolerance if step == 0 else max(tolerance, TOLERANCE))
         for optimizer in (stepper, reference_stepper):
             optimizer.step()

@@ -819,6 +819,10 @@ def test_plain_tracing() -> None:
     with compat.FakeTensorMode():
         graph = compat.trace_plain(lambda x, n: x.sum() * n, [torch.ones(3), 2])
     assert graph(torch.ones(3), 2) == 6
+    # Inductor lowers what its decompositions leave, and refuses what they take apart.
+    with compat.FakeTensorMode():
+        graph = compat.trace_plain(lambda x: torch.arange(3) + x, [torch.ones(3)])
+    assert any("prims.iota" in str(n.target) for n in graph.graph.nodes)
 
 
 def test_functionalized_programs_return_what_they_wrote() -> None:

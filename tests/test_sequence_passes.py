@@ -78,20 +78,22 @@ slice_2: [2, 6] = slice.Tensor(l_labels_, 1, 1, 9223372036854775807)
 flatten: [12] = flatten.using_ints(slice_2)
 slice_3: [8] = slice(flatten, 0, 2, 6, 4, True)
 cross_entropy_loss: [8] = cross_entropy_loss(reshape_3, slice_3, None, 0)
-valid_1[8] = valid(cross_entropy_loss, 2, 6, 4)
+to: [8] = to.dtype(cross_entropy_loss, )
+valid_1[8] = valid(to, 2, 6, 4)
 reshape_4[8] = reshape(valid_1, [-1])
-where_1: [8] = where.ScalarOther(reshape_4, cross_entropy_loss, 0)
+where_1: [8] = where.ScalarOther(reshape_4, to, 0)
 sum_1: [] = sum(where_1)
 reduce: [] = reduce(sum_1)
 ne[8] = ne.Scalar(slice_3, -100)
-to: [8] = to.dtype(ne, )
-valid_2[8] = valid(to, 2, 6, 4)
+to_1: [8] = to.dtype(ne, )
+valid_2[8] = valid(to_1, 2, 6, 4)
 reshape_5[8] = reshape(valid_2, [-1])
-where_2: [8] = where.ScalarOther(reshape_5, to, 0)
+where_2: [8] = where.ScalarOther(reshape_5, to_1, 0)
 sum_2: [] = sum(where_2)
 reduce_1: [] = reduce(sum_2)
 div: [] = div.Tensor(reduce, reduce_1)
-return [div]""")  # noqa: E501
+to_2: [] = to.dtype(div, )
+return [to_2]""")  # noqa: E501
 
 
 def test_unmark() -> None:

@@ -410,6 +410,8 @@ class Propagation(Interpreter):
     def _start(self, target: Any, args: Any) -> Any:
         """Take a whole operand sharded where sequences begin: token ids, and the first token-local layer."""
         name = _operator_name(target)
+        if name == "embedding" and _argument(args, {}, 3, "scale_grad_by_freq", False):
+            return args
         place = {"embedding": 1, "linear": 0, "matmul": 0, "layer_norm": 0, "rms_norm": 0}.get(name)
         if place is None or len(args) <= place or not isinstance(args[place], Value):
             return args
@@ -761,7 +763,7 @@ def norm(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     return p.result(target(*args, **_map_values(p.beside, kwargs)), x.shard)
 
 
-@rule("gather", "take_along_dim")
+@rule("gather")
 def gather_along(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     x, dim, index = args
     shard = (x if x.sharded else index).shard
@@ -819,7 +821,8 @@ def other_reduction(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
 @rule("embedding")
 def embedding(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     table, ids, *rest = args
-    if not ids.sharded:
+    # Gradients scaled by how often a token occurs: counted over the whole sequence.
+    if not ids.sharded or _argument(args, kwargs, 3, "scale_grad_by_freq", False):
         return None
     return p.result(target(p.beside(table), ids.tensor, *rest, **kwargs), ids.shard)
 
@@ -951,7 +954,11 @@ def _heads_of_mask(p: Propagation, mask: Value, heads: Shard) -> Tensor:
 
 
 def _key_value(p: Propagation, x: Value, heads: Shard) -> Value:
-    found = p.heads(x.repeats or x)
+    found, count, wanted = p.heads(x.repeats or x), x.shape[1], heads.length
+    if found is None and x.repeats is None and compat.known_equal(wanted % count, 0):
+        # Neither divides the other, but the queries' heads do: one head of each for each query's.
+        every = _aten.repeat_interleave.self_int(x.tensor, wanted // count, 1)
+        return p.to(Value(every, x.placement, (x.shape[0], wanted, *x.shape[2:])), heads)
     if found is None:
         found = p.to(x, p.even_pieces(1, x.shape[1], "attention (keys and values)"))
     return found
@@ -1064,17 +1071,24 @@ def cross_entropy(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     mine = p.to(labels, place)
     weight = p.beside(given["weight"])
     each = target(logits.tensor, mine.tensor, weight, _NONE, given["ignore_index"], given["label_smoothing"])
+    return _combined(p, each, mine, weight, given)
+
+
+def _combined(p: Propagation, each: Tensor, labels: Value, weight: Any, given: dict[str, Any]) -> Value:
+    """The loss of all tokens from that of ``each`` in this piece, reduced as the caller asked."""
+    place, shape = labels.shard, labels.shape
     if given["reduction"] == _NONE:
         return p.result(each, place)
-    summed = p.axis.total(p.masked(Value(each, place, labels.shape)).sum())
+    wide = torch.promote_types(each.dtype, torch.float32)  # sums are made at full width
+    summed = p.axis.total(p.masked(Value(each.to(wide), place, shape)).sum())
     if given["reduction"] != _MEAN:
-        return p.result(summed, R)
-    counted = mine.tensor != given["ignore_index"]
-    share = counted.to(each.dtype)
+        return p.result(summed.to(each.dtype), R)
+    counted = labels.tensor != given["ignore_index"]
+    share = counted.to(wide)
     if weight is not None:
-        share = share * weight[torch.where(counted, mine.tensor, 0)]
-    share = p.masked(Value(share, place, labels.shape))
-    return p.result(summed / p.axis.total(share.sum()), R)
+        share = share * weight[torch.where(counted, labels.tensor, 0)]
+    total = p.axis.total(p.masked(Value(share, place, shape)).sum())
+    return p.result((summed / total).to(each.dtype), R)
 
 
 @rule("nll_loss", "nll_loss_nd")
@@ -1087,16 +1101,7 @@ def nll(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
         return None
     mine, weight = p.to(labels, scores.shard), p.beside(given["weight"])
     each = target(scores.tensor, mine.tensor, weight, _NONE, given["ignore_index"])
-    if given["reduction"] == _NONE:
-        return p.result(each, scores.shard)
-    summed = p.axis.total(p.masked(Value(each, scores.shard, labels.shape)).sum())
-    if given["reduction"] != _MEAN:
-        return p.result(summed, R)
-    counted = mine.tensor != given["ignore_index"]
-    share = counted.to(each.dtype)
-    if weight is not None:
-        share = share * weight[torch.where(counted, mine.tensor, 0)]
-    return p.result(summed / p.axis.total(p.masked(Value(share, scores.shard, labels.shape)).sum()), R)
+    return _combined(p, each, mine, weight, given)
 
 
 @rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
