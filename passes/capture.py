@@ -109,11 +109,17 @@ def rebuilt(captured: GraphModule, core: Core, new: GraphModule, divisor: int) -
         read = graph.call_function(unshard, (env[node.args[0].name], divisor))  # type: ignore[union-attr]
         read.meta = dict(node.meta)
         mine.append(read)
-    mapped = dict(zip(new.graph.find_nodes(op="placeholder"), mine, strict=True))
+    taken = list(mine)
+    for position in core.written:  # autograd may keep what a norm was given, and finds it overwritten
+        taken[position] = graph.call_function(_aten.clone.default, (mine[position],))
+        taken[position].meta = compat.saved_tags()
+    mapped = dict(zip(new.graph.find_nodes(op="placeholder"), taken, strict=True))
     returned = graph.graph_copy(new.graph, mapped)
     results = list(returned)  # type: ignore[arg-type]
     for position, value in zip(core.written, results[core.outputs :], strict=True):
-        graph.call_function(_aten.copy_.default, (mine[position], value))
+        # The functional forms of norms say that running statistics have gradients; buffers take none.
+        plain = graph.call_function(_aten.detach.default, (value,))
+        graph.call_function(_aten.copy_.default, (mine[position], plain))
     graph.output(tuple(results[: core.outputs]))
     made = GraphModule(new, graph)
     for key in list(made._buffers):  # literals that tracing lifted: not buffers that have a source
@@ -198,7 +204,7 @@ def _functional(module: GraphModule, fakes: Sequence[Any]) -> tuple[GraphModule,
         return tree_leaves(Interpreter(module).run(*args))
 
     graph = _trace(flat, fakes)
-    if not any(compat.is_mutating(n.target) for n in graph.graph.nodes):
+    if not any(compat.written_arguments(n) for n in graph.graph.nodes):
         return graph, ()
     written = _written_inputs(graph)
     function = compat.functionalized(Interpreter(graph).run, written)
@@ -214,10 +220,7 @@ def _written_inputs(graph: GraphModule) -> tuple[int, ...]:
         if node.op == "placeholder":
             base[node] = node
         elif node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-            if compat.is_mutating(node.target):
-                for argument in compat.written_arguments(node):
-                    if argument in base:
-                        written.add(base[argument])
+            written |= {base[a] for a in compat.written_arguments(node) if a in base}
             if compat.aliases_input(node.target) and node.args[0] in base:
                 base[node] = base[node.args[0]]
     return tuple(i for i, n in enumerate(placeholders) if n in written)

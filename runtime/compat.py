@@ -106,13 +106,25 @@ def functionalized(function: Callable[..., Sequence[Any]], written: Sequence[int
 
 def written_arguments(node: torch.fx.Node) -> list[torch.fx.Node]:
     """The nodes an operator's call writes into."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    if not isinstance(node.target, OpOverload):
+        return []
     found = []
-    for place, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+    for place, argument in enumerate(node.target._schema.arguments):
+        declared = argument.alias_info is not None and argument.alias_info.is_write
+        if declared or (argument.name in _RUNNING and _updates_statistics(node)):
             given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
             found += [given] if isinstance(given, torch.fx.Node) else []
     return found
+
+
+_RUNNING = ("running_mean", "running_var")
+
+
+def _updates_statistics(node: torch.fx.Node) -> bool:
+    """Whether a norm changes its running statistics, which the schemas of norms keep to themselves."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    modes = [names.index(m) for m in ("training", "use_input_stats") if m in names]
+    return any(m < len(node.args) and node.args[m] is True for m in modes)
 
 
 def aliases_input(target: Any) -> bool:
@@ -144,6 +156,13 @@ def checkpoint_tags(number: int) -> dict[str, Any]:
     from torch.utils.checkpoint import CheckpointPolicy
 
     return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": number}
+
+
+def saved_tags() -> dict[str, Any]:
+    """The metadata that keeps the partitioner from recomputing a node."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return {"recompute": CheckpointPolicy.MUST_SAVE, "ac_graph_id": 0}
 
 
 def checkpoint_policy(body: torch.fx.GraphModule) -> Callable[[Any, Any, Any], Any] | None:

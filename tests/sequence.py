@@ -51,7 +51,16 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
     check_parameters(model, reference, max(tolerance, TOLERANCE))
+    if dist.get_world_size() == options["sp"]:  # other groups' buffers have seen other batches
+        check_buffers(model, reference, TOLERANCE)
     return model, worst
+
+
+def check_buffers(model: nn.Module, reference: nn.Module, tolerance: float) -> None:
+    wanted = dict(reference.named_buffers())
+    for name, found in model.named_buffers():
+        close = torch.allclose(found.double(), wanted[name].double(), rtol=tolerance, atol=1e-6)
+        assert close, f"buffer {name}"
 
 
 def fresh() -> None:

@@ -844,6 +844,15 @@ def test_functionalized_programs_return_what_they_wrote() -> None:
     assert y.tolist() == [1, 0, 0] and buffer.tolist() == [2, 2, 2]
 
 
+def test_norms_write_what_their_schemas_do_not_say() -> None:
+    def normed(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.nn.functional.batch_norm(x, mean, var, training=t) for t in (True, False)]
+
+    calls = [n for n in _traced(normed, (4, 3), (3,), (3,)).graph.nodes if n.op == "call_function"]
+    assert [n.target for n in calls] == [aten.batch_norm.default] * 2
+    assert [[a.op for a in compat.written_arguments(n)] for n in calls] == [["placeholder"] * 2, []]
+
+
 def test_views_of_arguments() -> None:
     assert compat.aliases_input(aten.transpose.int) and not compat.aliases_input(aten.add.Tensor)
     assert not compat.aliases_input(len)

@@ -231,9 +231,9 @@ def families(names: Sequence[str], options: dict[str, Any], steps: int) -> dict[
     return found
 
 
-# Whatever is not attention, a loss or local to a token has its sequences gathered: convolutions, batch norms,
-# recurrences, ViT's head, which takes the first token, the sort by which Mixtral finds its experts' tokens, and
-# the logits of GPT-2, which logs a warning (a graph break) before it computes the loss.
+# Whatever is not attention, a loss or local to a token has its sequences gathered: convolutions, batch
+# norms, recurrences, ViT's head, which takes the first token, the sort by which Mixtral finds its experts'
+# tokens, and the logits of GPT-2, which logs a warning (a graph break) before it computes the loss.
 GATHERING = {"vit", "resnet", "odds", "mixtral", "gpt2"}
 
 
