@@ -21,8 +21,8 @@ from benchmarks.worker import Measurement
 Runs = dict[str, list[Measurement]]
 
 # Rounding moves a loss by about 1e-6 of itself within some tens of steps in fp32; gradient clipping
-# that one variant does and another does not moves it by 1e-4.
-LOSS_TOLERANCE = 3e-5
+# that one variant does and another does not moves it by 1e-4. In bfloat16 only gross errors show.
+LOSS_TOLERANCE = {"float32": 3e-5, "bfloat16": 1e-2}
 _MIB = 1 << 20
 
 
@@ -32,6 +32,11 @@ class Metric:
     unit: str
     digits: int
     of: Callable[[Measurement], float]
+    compared: bool = True  # as a ratio: no use for what the reference may have none of
+
+
+def _sent(*kinds: str) -> Callable[[Measurement], float]:
+    return lambda run: sum(run.sent_bytes[kind] for kind in kinds) / _MIB
 
 
 METRICS = {
@@ -40,7 +45,15 @@ METRICS = {
     "peak": Metric("peak", "MiB", 1, lambda run: run.peak_bytes / _MIB),
     "live": Metric("kept", "MiB", 1, lambda run: run.live_bytes / _MIB),
     "first_step": Metric("first step", "s", 1, lambda run: run.first_step_seconds),
+    "tokens": Metric("tokens", "1/s", 0, lambda run: run.step_tokens / median(run.seconds)),
+    "activations": Metric("activations", "MiB", 1, lambda run: (run.peak_bytes - run.live_bytes) / _MIB),
+    "all_to_all": Metric("all-to-all", "MiB", 2, _sent("all-to-all"), compared=False),
+    "gathered": Metric("all-gather", "MiB", 2, _sent("all-gather"), compared=False),
+    "reduced": Metric("reductions", "MiB", 2, _sent("all-reduce", "reduce-scatter"), compared=False),
 }
+# Those of a report on sharding, and of one on splitting a sequence.
+SHARDING = ("step", "cpu", "peak", "live", "first_step")
+SEQUENCE = ("tokens", "cpu", "activations", "live", "all_to_all", "gathered", "reduced", "first_step")
 
 
 @dataclass(frozen=True)
@@ -61,30 +74,39 @@ class Comparison:
     """One variant over all rounds: ``values`` and ``ratios`` by name of the metric.
 
     ``loss_deviation`` is the largest relative difference, over all steps and rounds, from the
-    reference's losses.
+    reference's losses; above ``tolerance`` another model was trained.
     """
 
     values: dict[str, Spread]
     ratios: dict[str, Spread]
     final_loss: float
     loss_deviation: float
+    tolerance: float
 
     def agrees(self) -> bool:
-        return self.loss_deviation <= LOSS_TOLERANCE
+        return self.loss_deviation <= self.tolerance
 
 
-def compare(runs: Runs, reference: str) -> dict[str, Comparison]:
+def compare(
+    runs: Runs, reference: str, metrics: Sequence[str] = SHARDING, dtype: str = "float32"
+) -> dict[str, Comparison]:
     """Each variant beside ``reference``, over the rounds (from the first on) that both have run."""
-    return {variant: _beside(own, runs[reference]) for variant, own in runs.items()}
+    chosen = {name: METRICS[name] for name in metrics}
+    tolerance = LOSS_TOLERANCE[dtype]
+    return {variant: _beside(own, runs[reference], chosen, tolerance) for variant, own in runs.items()}
 
 
-def _beside(own: list[Measurement], reference: list[Measurement]) -> Comparison:
+def _beside(
+    own: list[Measurement], reference: list[Measurement], metrics: dict[str, Metric], tolerance: float
+) -> Comparison:
     pairs = list(zip(own, reference, strict=False))
+    compared = {name: m for name, m in metrics.items() if m.compared}
     return Comparison(
-        values={name: Spread.of([m.of(run) for run in own]) for name, m in METRICS.items()},
-        ratios={name: Spread.of([m.of(a) / m.of(b) for a, b in pairs]) for name, m in METRICS.items()},
+        values={name: Spread.of([m.of(run) for run in own]) for name, m in metrics.items()},
+        ratios={name: Spread.of([m.of(a) / m.of(b) for a, b in pairs]) for name, m in compared.items()},
         final_loss=own[-1].losses[-1],
         loss_deviation=max(loss_deviation(a.losses, b.losses) for a, b in pairs),
+        tolerance=tolerance,
     )
 
 
@@ -98,11 +120,12 @@ def loss_deviation(losses: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def _value_rows(comparisons: dict[str, Comparison]) -> tuple[list[str], list[list[str]]]:
-    titles = [f"{m.title}, {m.unit}" for m in METRICS.values()]
+    metrics = {name: METRICS[name] for name in next(iter(comparisons.values())).values}
+    titles = [f"{m.title}, {m.unit}" for m in metrics.values()]
     rows = [
         [
             variant,
-            *(f"{c.values[name].median:.{m.digits}f}" for name, m in METRICS.items()),
+            *(f"{c.values[name].median:.{m.digits}f}" for name, m in metrics.items()),
             f"{c.final_loss:.5f}",
             f"{c.loss_deviation:.1e}" + ("" if c.agrees() else " DISAGREES"),
         ]
@@ -113,11 +136,11 @@ def _value_rows(comparisons: dict[str, Comparison]) -> tuple[list[str], list[lis
 
 def _ratio_rows(comparisons: dict[str, Comparison], reference: str) -> tuple[list[str], list[list[str]]]:
     rows = [
-        [variant, *(_spread_text(c.ratios[name]) for name in METRICS)]
+        [variant, *(_spread_text(ratio) for ratio in c.ratios.values())]
         for variant, c in comparisons.items()
         if variant != reference
     ]
-    return ["variant", *(m.title for m in METRICS.values())], rows
+    return ["variant", *(METRICS[name].title for name in comparisons[reference].ratios)], rows
 
 
 def _spread_text(ratio: Spread) -> str:

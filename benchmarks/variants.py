@@ -25,13 +25,19 @@ Step = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """``build(model, workload)`` makes the step; ``needs`` is a package that may be missing."""
+    """``build(model, workload)`` makes the step; ``needs`` is a package that may be missing.
+
+    ``alone``: on one rank only, whatever the others run on. ``may_fail``: its project does not claim
+    to support every device; where it fails the report says so and is complete without it.
+    """
 
     build: Callable[[nn.Module, Workload], Step]
     needs: str | None = None
+    alone: bool = False
+    may_fail: bool = False
 
 
-def _step(forward: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Step:
+def ordinary_step(forward: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Step:
     def step(tokens: Tensor) -> Tensor:
         loss: Tensor = forward(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -43,14 +49,14 @@ def _step(forward: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Step
 
 
 def _ddp(model: nn.Module, workload: Workload) -> Step:
-    return _step(DistributedDataParallel(model), adamw(model))
+    return ordinary_step(DistributedDataParallel(model), adamw(model))
 
 
 def _ddp_compile(model: nn.Module, workload: Workload) -> Step:
-    return _step(torch.compile(DistributedDataParallel(model)), adamw(model))
+    return ordinary_step(torch.compile(DistributedDataParallel(model)), adamw(model))
 
 
-def _shard(model: nn.Module, workload: Workload) -> None:
+def shard_blocks(model: nn.Module, workload: Workload) -> None:
     """FSDP2's recipe: one group of parameters a block, the rest with the root."""
     mesh = init_device_mesh(workload.device, (workload.ranks,))
     for block in model.model.layers:  # type: ignore[union-attr]
@@ -59,8 +65,8 @@ def _shard(model: nn.Module, workload: Workload) -> None:
 
 
 def _fsdp2(model: nn.Module, workload: Workload) -> Step:
-    _shard(model, workload)
-    return _step(model, adamw(model))
+    shard_blocks(model, workload)
+    return ordinary_step(model, adamw(model))
 
 
 def _fsdp2_compile(model: nn.Module, workload: Workload) -> Step:
@@ -70,15 +76,20 @@ def _fsdp2_compile(model: nn.Module, workload: Workload) -> Step:
 
 
 def _fsdp2_compile_whole(model: nn.Module, workload: Workload) -> Step:
-    _shard(model, workload)
-    return _step(torch.compile(model), adamw(model))
+    shard_blocks(model, workload)
+    return ordinary_step(torch.compile(model), adamw(model))
 
 
-def _deepspeed(model: nn.Module, workload: Workload) -> Step:
+def import_deepspeed(workload: Workload) -> Any:
     if workload.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     import deepspeed
 
+    return deepspeed
+
+
+def deepspeed_zero3(model: nn.Module, workload: Workload, **arguments: Any) -> Any:
+    """An engine at stage 3; ``arguments`` are more of those of ``deepspeed.initialize``."""
     # DeepSpeed counts its windows in elements and its defaults are for models of billions: left
     # alone, a small model is never released within a step, beside a reduce bucket of 2 GB. Counted
     # in blocks instead, as FSDP2's groups are. Small parameters stay whole up to the size the
@@ -98,7 +109,14 @@ def _deepspeed(model: nn.Module, workload: Workload) -> Step:
             "stage3_param_persistence_threshold": 10 * workload.hidden,
         },
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=config)
+    engine, *_ = import_deepspeed(workload).initialize(
+        model=model, optimizer=adamw(model), config=config, **arguments
+    )
+    return engine
+
+
+def _deepspeed(model: nn.Module, workload: Workload) -> Step:
+    engine = deepspeed_zero3(model, workload)
 
     def step(tokens: Tensor) -> Tensor:
         loss: Tensor = engine(input_ids=tokens, labels=tokens).loss
@@ -112,7 +130,7 @@ def _deepspeed(model: nn.Module, workload: Workload) -> Step:
 def _autodist(stage: int) -> Callable[[nn.Module, Workload], Step]:
     def build(model: nn.Module, workload: Workload) -> Step:
         compiled = torch.compile(model, backend="autodist", options={"zero": stage})
-        return _step(compiled, adamw(model))
+        return ordinary_step(compiled, adamw(model))
 
     return build
 

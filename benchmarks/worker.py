@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks import sequence
 from benchmarks.allocator import CpuCounter, CudaCounter, MemoryCounter
+from benchmarks.traffic import sent_bytes
 from benchmarks.variants import VARIANTS, Step
 from benchmarks.workload import WARM_UP_STEPS, Workload
 
@@ -31,7 +33,8 @@ class Measurement:
     ``seconds`` (the slowest rank's) and ``cpu_seconds`` (of all ranks together) have one entry for
     each measured step; ``losses``, the mean over ranks, one for every step. ``peak_bytes`` is the
     most any rank held during the measured steps, ``live_bytes`` what the fullest rank holds between
-    steps. ``first_step_seconds`` includes compilation.
+    steps. ``first_step_seconds`` includes compilation. ``sent_bytes``: what a rank sends in a step, by
+    kind of collective (:mod:`benchmarks.traffic`). ``step_tokens`` are those of all ranks.
     """
 
     seconds: list[float]
@@ -41,6 +44,8 @@ class Measurement:
     first_step_seconds: float
     losses: list[float]
     parameters: int
+    step_tokens: int
+    sent_bytes: dict[str, int]
 
 
 def _synchronize(device: str) -> None:
@@ -60,21 +65,24 @@ def _timed(step: Step, tokens: Tensor, device: str) -> tuple[float, float, float
 
 def train(variant: str, workload: Workload, memory: MemoryCounter) -> Measurement:
     """Train and measure; the same result on every rank."""
-    build = VARIANTS[variant].build
+    build = (VARIANTS | sequence.VARIANTS)[variant].build
     model = workload.model()
     parameters = sum(p.numel() for p in model.parameters())
     step = build(model, workload)
     records = []
-    for number, tokens in enumerate(workload.tokens(dist.get_rank())):
+    *measured, extra = workload.tokens(dist.get_rank())
+    for number, tokens in enumerate(measured):
         if number == WARM_UP_STEPS:
             gc.collect()
             memory.reset_peak()
         records.append(_timed(step, tokens, workload.device))
     peak = memory.peak()
     gc.collect()
+    live = memory.live()
+    sent = sent_bytes(lambda: step(extra), workload.ranks)
     everyone: list[Any] = [None] * workload.ranks
-    dist.all_gather_object(everyone, (records, peak, memory.live()))
-    by_rank, peaks, lives = zip(*everyone, strict=True)
+    dist.all_gather_object(everyone, (records, peak, live, sent))
+    by_rank, peaks, lives, sents = zip(*everyone, strict=True)
     walls, cpus, losses = (
         [[record[field] for record in step_records] for step_records in zip(*by_rank, strict=True)]
         for field in range(3)
@@ -87,6 +95,8 @@ def train(variant: str, workload: Workload, memory: MemoryCounter) -> Measuremen
         first_step_seconds=max(walls[0]),
         losses=[sum(ranks) / len(ranks) for ranks in losses],
         parameters=parameters,
+        step_tokens=workload.step_tokens,
+        sent_bytes={kind: max(rank[kind] for rank in sents) for kind in sent},
     )
 
 

@@ -1,10 +1,11 @@
-"""The comparison measures: bytes are exact, ratios are paired, and wrong losses do not pass."""
+"""The comparison measures: bytes held and sent are exact, ratios are paired, wrong losses do not pass."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,18 +14,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import typer
 
 from benchmarks import allocator, compare, report
 from benchmarks.launch import RunFailedError, run_once
+from benchmarks.traffic import sent_bytes
+from benchmarks.variants import VARIANTS
 from benchmarks.worker import Measurement
 from benchmarks.workload import Workload
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(second: float = 1.0, losses: Sequence[float] = (2.0, 1.0), peak: int = 100) -> Measurement:
-    return Measurement([second], [second], peak, 50, 1.0, list(losses), 7)
+    sent = {"all-to-all": 2**20, "all-gather": 0, "reduce-scatter": 2**20, "all-reduce": 2**21}
+    return Measurement([second], [second], peak, 50, 1.0, list(losses), 7, 600, sent)
 
 
 def test_ratios_pair_the_runs_of_one_round() -> None:
@@ -53,11 +59,73 @@ def test_losses_must_agree(losses: tuple[float, float], agrees: bool) -> None:
 
 def test_what_is_not_installed_is_skipped_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    chosen, notes = compare.choose("ddp,deepspeed-zero3")
-    assert chosen == ["ddp"]
+    chosen, notes = compare.choose("ddp,deepspeed-zero3", VARIANTS)
+    assert list(chosen) == ["ddp"]
     assert notes == ["deepspeed-zero3 was skipped: deepspeed is not installed."]
     with pytest.raises(typer.BadParameter, match="No variant fsdp3; there are ddp, "):
-        compare.choose("ddp,fsdp3")
+        compare.choose("ddp,fsdp3", VARIANTS)
+
+
+def test_a_report_on_sequences_has_tokens_and_bytes_sent() -> None:
+    comparisons = report.compare({"a": [run()], "b": [run(2.0)]}, "a", report.SEQUENCE)
+    medians = {name: spread.median for name, spread in comparisons["b"].values.items()}
+    assert medians["tokens"] == 300
+    assert medians["activations"] == 50 / 2**20
+    assert (medians["all_to_all"], medians["gathered"], medians["reduced"]) == (1, 0, 3)
+    # One rank sends nothing: there is no ratio to it.
+    assert list(comparisons["b"].ratios) == ["tokens", "cpu", "activations", "live", "first_step"]
+    assert "| b | 300 | 2.000 |" in report.markdown({}, comparisons, "a", [])
+
+
+def test_the_bound_of_ulysses() -> None:
+    sizes = Workload(hidden=8, layers=1, heads=4, kv_heads=2, batch=1, sequence=8, ranks=2, sp=2)
+    # 4 positions of 4 + 2 + 2 + 4 heads of 2 numbers of 4 bytes, half of it sent, forward and backward.
+    assert sizes.ulysses_bytes == 4 * 12 * 2 * 4 // 2 * 2
+    # On 4 ranks each head of keys and values is needed twice.
+    four = Workload(hidden=8, layers=1, heads=4, kv_heads=2, batch=1, sequence=8, ranks=4, sp=4)
+    assert four.ulysses_bytes == 2 * 16 * 2 * 4 * 3 // 4 * 2
+
+
+def _collectives() -> None:
+    x, half = torch.zeros(8, 4), torch.zeros(2, 4, dtype=torch.bfloat16)
+    dist.all_to_all_single(torch.empty(8, 4), x)
+    dist.all_gather_into_tensor(torch.empty(16, 4), x)
+    dist.all_gather([torch.empty(2), torch.empty(2)], torch.zeros(2))
+    dist.reduce_scatter_tensor(torch.empty(1, 4, dtype=torch.bfloat16), half)
+    dist.all_reduce(half)
+    dist.barrier()
+
+
+def _sent_by_collectives() -> dict[str, int]:
+    return sent_bytes(_collectives, 2)
+
+
+@pytest.mark.distributed
+def test_what_collectives_send_is_counted() -> None:
+    expected = {"all-to-all": 64, "all-gather": 128 + 8, "reduce-scatter": 8, "all-reduce": 16}
+    assert run_ranks(_sent_by_collectives, 2) == [expected | {"broadcast": 0, "send": 0}] * 2
+
+
+def _sent_in_training() -> tuple[dict[str, int], int]:
+    sizes = Workload(
+        hidden=32, layers=2, heads=4, kv_heads=1, intermediate=64, vocab=64, sequence=16, sp=2, steps=1
+    )
+    model = sizes.model()
+    options = {"sp": 2, "zero": 0, "lowering": "eager"}
+    compiled = torch.compile(model, backend="autodist", options=options)
+    tokens, again, *_ = sizes.tokens(dist.get_rank())
+    compiled(input_ids=tokens, labels=tokens).loss.backward()
+    sent = sent_bytes(lambda: compiled(input_ids=again, labels=again).loss.backward(), 2)
+    return sent, sizes.ulysses_bytes
+
+
+@pytest.mark.distributed
+def test_a_sharded_sequence_sends_what_ulysses_does() -> None:
+    pytest.importorskip("transformers")
+    for sent, bound in run_ranks(_sent_in_training, 2):
+        assert sent["all-to-all"] == bound
+        assert sent["reduce-scatter"] == 0  # weights are whole, gradients all-reduced
+        assert sent["all-gather"] <= 64  # fingerprints of the batch
 
 
 COUNTING = """
@@ -122,3 +190,23 @@ def test_the_comparison_runs_and_sharding_halves_what_stays(tmp_path: Path) -> N
     for measured in (ddp, fsdp2):
         assert measured["peak_bytes"] >= measured["live_bytes"] + weights / 2  # sharded gradients
         assert min(measured["seconds"] + measured["cpu_seconds"]) > 0
+
+
+@pytest.mark.distributed
+def test_the_comparison_of_sequences_runs(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    variants = "single,manual-ulysses-fsdp2,context-parallel-fsdp2"
+    arguments = ["sequence", "--quick", "--variants", variants, "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.compare", *arguments]
+    eager = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # what is compiled elsewhere
+    done = subprocess.run(command, cwd=ROOT, env=eager, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(next(tmp_path.glob("*-sequence-cpu-2ranks.json")).read_text())
+    single, ulysses = (results["runs"][name][0] for name in ("single", "manual-ulysses-fsdp2"))
+    assert single["losses"] == pytest.approx(ulysses["losses"], rel=1e-5)
+    assert single["step_tokens"] == ulysses["step_tokens"]
+    assert not any(single["sent_bytes"].values())
+    assert ulysses["sent_bytes"]["all-to-all"] == Workload(**results["facts"]["workload"]).ulysses_bytes
+    # torch has no ring for attention on a CPU: the report is complete without it, and says so.
+    skipped = any(note.startswith("context-parallel-fsdp2 was skipped:") for note in results["notes"])
+    assert skipped is ("context-parallel-fsdp2" not in results["runs"])
