@@ -19,7 +19,7 @@ data-parallel one, by the reduction that ZeRO makes anyway.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +35,9 @@ from autodist.runtime.outputs import Kept
 
 SHARDED_OUTPUTS = "autodist_sharded_outputs"
 """Where the pass leaves, on the graph's meta, the placement of the outputs that it did not gather."""
+
+RETURNED = "autodist_returned"
+"""Where a graph's meta says which outputs go to the user alone; where it does not, Dynamo knows."""
 
 POLICIES = "autodist_checkpoint_policies"
 """Where it leaves the policies of selective checkpoints, whose bodies it has inlined."""
@@ -57,12 +60,15 @@ class SequenceParallel(Pass):
         where = Axis("sp", self.size, self.group)
         propagation = Propagation(core.graph, where, set(core.weights), self.strict)
         kept: dict[int, Kept] = {}
+        to_user = graph.meta.get(RETURNED)
+        if to_user is None:
+            to_user = range(core.outputs) if compat.returns_to_user() else ()
         given = graph.graph.find_nodes(op="placeholder")
 
         def run(*inputs: Any) -> list[Any]:
             results = propagation.run(*inputs)
             return [
-                self._output(i, v, core.outputs, propagation, kept, given) if isinstance(v, Value) else v
+                self._output(i, v, to_user, propagation, kept, given) if isinstance(v, Value) else v
                 for i, v in enumerate(results)
             ]
 
@@ -77,7 +83,7 @@ class SequenceParallel(Pass):
         self,
         index: int,
         value: Value,
-        outputs: int,
+        to_user: Container[int],
         propagation: Propagation,
         kept: dict[int, Kept],
         inputs: Sequence[Node],
@@ -86,7 +92,7 @@ class SequenceParallel(Pass):
         if not value.sharded:
             return where.whole(value)
         small = all(compat.known_equal(s, 1) for s in value.shape[value.shard.dim + 1 :])
-        if index < outputs and not small and self.outputs != "gathered" and compat.returns_to_user():
+        if index in to_user and not small and self.outputs != "gathered":
             if self.outputs == "withheld":
                 kept[index] = Kept(value.shard.dim, _length(value.shape[value.shard.dim], inputs))
                 return value.tensor.detach()

@@ -33,8 +33,9 @@ from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any, tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_any, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
     "CustomPartitionerFn",
@@ -53,6 +54,7 @@ __all__ = [
     "tree_flatten",
     "tree_leaves",
     "tree_map",
+    "tree_unflatten",
 ]
 
 
@@ -93,6 +95,208 @@ def trace_plain(function: Callable[..., Any], values: Sequence[Any]) -> torch.fx
         return trace(*values)
 
 
+def shape_tracing_mode() -> FakeTensorMode:
+    """A mode for fake tensors whose sizes may be symbols; asked for a value, they raise."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    env = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+
+
+def fake_of(mode: FakeTensorMode, real: torch.Tensor, dynamic: set[int], number: int) -> torch.Tensor:
+    """A fake of ``real`` in ``mode``, with symbols for the sizes of the dimensions ``dynamic``."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    sizes = [DimDynamic.DYNAMIC if d in dynamic else DimDynamic.STATIC for d in range(real.dim())]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return mode.from_tensor(real, source=ConstantSource(f"input{number}"), symbolic_context=context)
+
+
+def size_check(
+    mode: FakeTensorMode, fakes: Sequence[torch.Tensor]
+) -> Callable[[Sequence[torch.Tensor]], bool]:
+    """What tells whether tensors have the sizes that a program made with ``fakes`` holds for."""
+    env = mode.shape_env
+    assert env is not None
+    guards = env.produce_guards_expression(fakes)
+
+    def fits(tensors: Sequence[torch.Tensor]) -> bool:
+        static = all(
+            a == b
+            for fake, real in zip(fakes, tensors, strict=True)
+            for a, b in zip(fake.shape, real.shape, strict=True)
+            if not isinstance(a, torch.SymInt)
+        )
+        return static and (guards is None or bool(env.evaluate_guards_expression(guards, tensors)))
+
+    return fits
+
+
+def dtensor_of(local: torch.Tensor, spec: Any, requires_grad: bool) -> DTensor:
+    """A DTensor of this rank's part and the specification of another one."""
+    return DTensor(local, spec, requires_grad=requires_grad)  # type: ignore[call-arg]
+
+
+def specification(tensor: DTensor) -> Any:
+    """What :func:`dtensor_of` needs to make a DTensor like this one."""
+    return tensor._spec
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, without a record for autograd."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def mark_parameter(tensor: torch.Tensor) -> torch.Tensor:
+    """Make ``isinstance(tensor, nn.Parameter)`` true of a tensor that stands for one."""
+    tensor._is_param = True  # type: ignore[attr-defined]
+    return tensor
+
+
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+
+
+def trace_step(
+    function: Callable[..., Any], fakes: Sequence[Any], mode: FakeTensorMode, watch: Any
+) -> torch.fx.GraphModule:
+    """``function(*fakes)`` as operators before autograd; ``watch``, a TorchFunctionMode, sees every call."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def watched(*args: Any) -> Any:
+        with watch:
+            return function(*args)
+
+    trace = make_fx(watched, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
+    with mode, torch.enable_grad(), _compiling():
+        return trace(*fakes)
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Within, ``torch.compiler.is_compiling()``: optimizers then keep to operators on tensors."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+@contextlib.contextmanager
+def recording_below_autograd() -> Iterator[None]:
+    """Within a trace before autograd: record what operators do, not what is called.
+
+    Operators on DTensors are then recorded as those on their local parts.
+    """
+    from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode
+
+    mode = get_proxy_mode()
+    if mode is None or not mode.pre_dispatch:
+        yield
+        return
+    with ProxyTorchDispatchMode(mode.tracer, "real", pre_dispatch=False):
+        yield
+
+
+def recorded_graph() -> torch.fx.Graph | None:
+    """The graph that a trace is writing, or None outside of one."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer.graph
+
+
+def is_python_gradient(node: Any) -> bool:
+    """Whether a node of autograd's graph is a user's ``torch.autograd.Function``, not a custom operator."""
+    generated = type(node).__name__.startswith("GeneratedBackwardFor_")
+    return isinstance(node, torch.autograd.function.BackwardCFunction) and not generated
+
+
+def checkpoint_running() -> tuple[Any, Callable[..., Any] | None]:
+    """The activation checkpoint whose body runs now (something that is the same throughout), its policy."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    from torch.utils.checkpoint import _CachingTorchDispatchMode, _CheckpointFrame
+
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    cells = getattr(hooks[0], "__closure__", None) or () if hooks else ()
+    frame = next((c.cell_contents for c in cells if isinstance(c.cell_contents, _CheckpointFrame)), None)
+    if frame is None:
+        return None, None
+    stack = reversed(_get_current_dispatch_mode_stack())
+    caching = next((m for m in stack if isinstance(m, _CachingTorchDispatchMode)), None)
+    return frame, None if caching is None else _asked(caching.policy_fn)
+
+
+def trace_joint(
+    function: Callable[..., Sequence[Any]],
+    primals: Sequence[Any],
+    leaves: Sequence[int],
+    tangent: torch.Tensor,
+) -> torch.fx.GraphModule:
+    """Forward and backward of ``function`` as one functional graph of (primals, tangents).
+
+    It returns what ``function(*primals)`` does, then the gradients of the first result with respect to the
+    primals ``leaves``. Operators are those that Inductor takes.
+    """
+    import torch.fx.traceback
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def differentiated(primals: list[Any], tangents: list[Any]) -> list[Any]:
+        own = [p.detach().requires_grad_() if i in leaves else p for i, p in enumerate(primals)]
+        results = function(*own)
+        wanted = [own[i] for i in leaves]
+        found = torch.autograd.grad(
+            results[0], wanted, tangents[0], allow_unused=True, materialize_grads=True
+        )
+        return [*(r.detach() if isinstance(r, torch.Tensor) else r for r in results), *found]
+
+    functional = dispatch_functionalize(differentiated, FunctionalTensorMode())
+
+    def joint(primals: list[Any], tangents: list[Any]) -> Any:
+        return functional(primals, tangents)
+
+    trace = make_fx(joint, select_decomp_table(), tracing_mode="real", _allow_non_fake_inputs=True)
+    with (
+        fake_mode_of([tangent]) or contextlib.nullcontext(),
+        torch.enable_grad(),
+        torch.fx.traceback.preserve_node_meta(),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        return trace(list(primals), [tangent])
+
+
+def input_descriptor(number: int) -> Any:
+    """AOTAutograd's note on a placeholder that is an input, read by :func:`placeholder_index`."""
+    from torch._functorch._aot_autograd.descriptors import PlainAOTInput
+
+    return PlainAOTInput(number)
+
+
+@contextlib.contextmanager
+def compiling_in(mode: FakeTensorMode) -> Iterator[None]:
+    """Compile programs whose example inputs are fakes of ``mode``."""
+    with torch._guards.tracing(torch._guards.TracingContext(mode)):
+        yield
+
+
+def sets_grad_mode(target: Any) -> bool:
+    """Whether a captured call turns gradients on or off."""
+    return target is SET_GRAD_ENABLED
+
+
+def sets_mode(target: Any) -> bool:
+    """Whether a captured call is there for the mode it sets: gradients, autocast."""
+    return target in (SET_GRAD_ENABLED, enter_autocast, exit_autocast)
+
+
+def is_profiling(target: Any) -> bool:
+    """Whether a captured call tells the profiler where the program is."""
+    return isinstance(target, OpOverload) and target.namespace == "profiler"
+
+
 def functionalized(function: Callable[..., Sequence[Any]], written: Sequence[int]) -> Callable[..., Any]:
     """``function`` without writes; it returns the new values of its arguments at ``written`` as well."""
     from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
@@ -108,12 +312,12 @@ def written_arguments(node: torch.fx.Node) -> list[torch.fx.Node]:
     """The nodes an operator's call writes into."""
     if not isinstance(node.target, OpOverload):
         return []
-    found = []
+    found: list[torch.fx.Node] = []
     for place, argument in enumerate(node.target._schema.arguments):
         declared = argument.alias_info is not None and argument.alias_info.is_write
         if declared or (argument.name in _RUNNING and _updates_statistics(node)):
             given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-            found += [given] if isinstance(given, torch.fx.Node) else []
+            found += [a for a in tree_leaves(given) if isinstance(a, torch.fx.Node)]
     return found
 
 
@@ -170,12 +374,12 @@ def checkpoint_policy(body: torch.fx.GraphModule) -> Callable[[Any, Any, Any], A
 
     Called with (operator, arguments, keyword arguments); the answer is a ``CheckpointPolicy``.
     """
-    from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
-
     context_fn = body.meta.get("_checkpoint_context_fn")
-    if context_fn is None:
-        return None
-    asked = context_fn()[0].policy_fn
+    return None if context_fn is None else _asked(context_fn()[0].policy_fn)
+
+
+def _asked(asked: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
+    from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
     def policy(target: Any, args: Any, kwargs: Any) -> Any:
         answer = asked(SelectiveCheckpointContext(is_recompute=False), target, *args, **kwargs)
@@ -212,18 +416,38 @@ def returns_to_user() -> bool:
     if current.output.compile_subgraph_reason.graph_break:
         return False
     roots = [compiled_module(f.f_locals.get("self")) for f in python_frames()]
-    own = _owner(current.output.root_tx)
     known = [r for r in roots if r is not None]
-    return not known or any(own is r for r in known)
+    translator = current.output.root_tx
+    own = _owner(translator)
+    return not known or (any(own is r for r in known) and _function(translator) in _forward_names(own))
+
+
+def _function(translator: Any) -> str:
+    """The name of the function being captured, or of the one that goes on after a graph break."""
+    resumed = re.fullmatch(r"torch_dynamo_resume_in_(.+)_at_\d+", translator.f_code.co_name)
+    return resumed[1] if resumed is not None else translator.f_code.co_name
+
+
+def _forward_names(module: torch.nn.Module) -> set[str]:
+    """What the functions are called that a call of the module goes through: forward and its wrappers."""
+    names = {"_wrapped_call_impl", "_call_impl", "__call__"}
+    function: Any = module.forward
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        names |= {function.__code__.co_name} if hasattr(function, "__code__") else set()
+        function = getattr(function, "__wrapped__", None)
+    return names
 
 
 def _owner(translator: Any) -> Any:
-    """The ``self`` of the function being captured; one that goes on after a graph break has lost its own."""
-    own = translator.f_locals.get("self")
-    resumed = re.fullmatch(r"torch_dynamo_resume_in_(.+)_at_\d+", translator.f_code.co_name)
-    if own is None and resumed is not None:
-        frames = [f for f in python_frames() if f.f_code.co_name == resumed[1]]
-        own = frames[-1].f_locals.get("self") if frames else None
+    """The module whose function is captured: its first argument, which after a graph break is gone."""
+    code = translator.f_code
+    first = code.co_varnames[0] if code.co_argcount else "self"
+    own = translator.f_locals.get(first, translator.f_locals.get("self"))
+    if not isinstance(own, torch.nn.Module) and code.co_name != _function(translator):
+        frames = [f for f in python_frames() if f.f_code.co_name == _function(translator)]
+        held = frames[-1] if frames else None
+        own = held.f_locals.get(held.f_code.co_varnames[0]) if held and held.f_code.co_argcount else None
     return own
 
 
@@ -494,6 +718,32 @@ def returns_nothing(target: Any) -> bool:
     return isinstance(target, OpOverload) and not target._schema.returns
 
 
+def result_count(target: OpOverload) -> int:
+    """How many values an operator returns."""
+    return len(target._schema.returns)
+
+
+def operator_base(target: Any) -> str:
+    """An operator's name without its namespace and overload; empty for anything else."""
+    return target._schema.name.split("::")[-1] if isinstance(target, OpOverload) else ""
+
+
+def overload_for(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpOverload:
+    """The overload of an operator that takes these arguments; nodes stand for tensors."""
+
+    def shown(value: Any) -> Any:
+        return value.meta["val"] if isinstance(value, torch.fx.Node) else value
+
+    named = tree_map(shown, kwargs)
+    name = torch._C._jit_resolve_packet(packet._qualified_op_name, *map(shown, args), **named)
+    return getattr(packet, name)
+
+
+def is_random(target: Any) -> bool:
+    """Whether an operator draws random numbers."""
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
 def is_mutating(target: Any) -> bool:
     """Whether an operator writes to one of its arguments."""
     return isinstance(target, OpOverload) and target._schema.is_mutable
@@ -550,6 +800,11 @@ def structured_trace_enabled() -> bool:
     # torch installs its handler always; without a folder it writes nothing.
     writers = (h for h in trace_log.handlers if isinstance(h, LazyTraceHandler))
     return any(h.root_dir is not None for h in writers)
+
+
+def is_tangent(node: torch.fx.Node) -> bool:
+    """Whether a placeholder of a backward is a gradient that comes in."""
+    return "tangents" in str(node.target)
 
 
 def gradient_index(descriptor: Any) -> int | None:

@@ -848,7 +848,9 @@ def test_norms_write_what_their_schemas_do_not_say() -> None:
     def normed(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> list[torch.Tensor]:
         return [torch.nn.functional.batch_norm(x, mean, var, training=t) for t in (True, False)]
 
-    calls = [n for n in _traced(normed, (4, 3), (3,), (3,)).graph.nodes if n.op == "call_function"]
+    with compat.FakeTensorMode():
+        graph = compat.trace_before_autograd(normed, [torch.randn(4, 3), torch.zeros(3), torch.ones(3)])
+    calls = [n for n in graph.graph.nodes if n.op == "call_function"]
     assert [n.target for n in calls] == [aten.batch_norm.default] * 2
     assert [[a.op for a in compat.written_arguments(n)] for n in calls] == [["placeholder"] * 2, []]
 
@@ -957,3 +959,163 @@ def test_where_results_go() -> None:
     torch.compile(Broken().forward, backend=backend)(torch.ones(2))
     torch.compile(torch.sin, backend=backend)(torch.ones(2))
     assert found == [False, True, True] and compat.returns_to_user()
+
+
+# --- training steps ----------------------------------------------------------------------------------
+
+
+def test_sizes_of_fakes_may_be_symbols() -> None:
+    mode = compat.shape_tracing_mode()
+    x = compat.fake_of(mode, torch.randn(4, 3), {0}, 0)
+    assert isinstance(x.shape[0], torch.SymInt) and x.shape[1] == 3
+    assert compat.fake_mode_of([x]) is mode
+    with mode:
+        if x.shape[0] > 2:  # becomes a guard
+            x.sum()
+        with pytest.raises(Exception) as refused:
+            x.sum().item()
+    assert compat.needs_data(refused.value)
+    fits = compat.size_check(mode, [x])
+    assert fits([torch.randn(7, 3)]) and not fits([torch.randn(7, 4)]) and not fits([torch.randn(2, 3)])
+
+
+class _Watching(torch.overrides.TorchFunctionMode):
+    """Records what is called, and writes it down below autograd if told to."""
+
+    def __init__(self, below: bool = False) -> None:
+        super().__init__()
+        self.below, self.calls, self.graphs = below, [], []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(func)
+        self.graphs.append(compat.recorded_graph())
+        if not self.below:
+            return func(*args, **(kwargs or {}))
+        with compat.recording_below_autograd():
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_step_is_recorded_before_autograd_or_below(below: bool) -> None:
+    mode = compat.shape_tracing_mode()
+    fakes = [compat.fake_of(mode, torch.randn(s), set(), i) for i, s in enumerate([(2, 3), (3, 3)])]
+    watch = _Watching(below)
+
+    def step(x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        assert torch.compiler.is_compiling()
+        return [torch.nn.functional.linear(x, weight)]
+
+    graph = compat.trace_step(step, fakes, mode, watch)
+    assert not torch.compiler.is_compiling() and compat.recorded_graph() is None
+    assert torch.nn.functional.linear in watch.calls and None not in watch.graphs
+    assert (aten.linear.default in _calls(graph)) is not below
+
+
+def test_modes_and_profiling_are_known_by_their_calls() -> None:
+    def step(x: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            x = x @ x
+        with torch.profiler.record_function("part"):
+            return [x + 1]
+
+    mode = compat.shape_tracing_mode()
+    fake = compat.fake_of(mode, torch.randn(3, 3), set(), 0)
+    targets = _calls(compat.trace_step(step, [fake], mode, _Watching()))
+    assert [compat.sets_grad_mode(t) for t in targets if compat.sets_mode(t)].count(True) == 2
+    assert sum(map(compat.sets_mode, targets)) == 4
+    assert any(map(compat.is_profiling, targets)) and compat.SET_GRAD_ENABLED in targets
+
+
+def test_forward_and_backward_are_traced_together() -> None:
+    mode = compat.shape_tracing_mode()
+    x, weight = (compat.fake_of(mode, torch.randn(3), set(), i) for i in range(2))
+    with mode:
+        tangent = torch.ones(())
+    graph = compat.trace_joint(lambda x, w: [(x * w).sin().sum(), x + 1], [x, weight], [1], tangent)
+    inputs = graph.graph.find_nodes(op="placeholder")
+    assert [str(n.target).split("_")[0] for n in inputs] == ["primals", "primals", "tangents"]
+    assert [compat.is_tangent(n) for n in inputs] == [False, False, True]
+    x, weight = torch.randn(3), torch.randn(3, requires_grad=True)
+    loss, plus, grad = graph([x, weight.detach()], [torch.ones(())])
+    wanted = (x * weight).sin().sum()
+    wanted.backward()
+    assert weight.grad is not None
+    assert torch.allclose(loss, wanted) and torch.allclose(grad, weight.grad) and torch.equal(plus, x + 1)
+    assert compat.tree_unflatten(*compat.tree_flatten({"a": 1})) == {"a": 1}
+    with compat.compiling_in(mode):
+        assert torch._guards.TracingContext.get().fake_mode is mode
+
+
+def test_inputs_are_described_as_autograd_describes_them() -> None:
+    node = torch.fx.Graph().placeholder("x")
+    node.meta["desc"] = compat.input_descriptor(3)
+    assert compat.placeholder_index(node) == 3
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 2
+
+
+def test_functions_with_a_backward_of_their_own_are_told_from_operators() -> None:
+    from autodist.runtime import dialect
+
+    x = torch.ones(2, requires_grad=True)
+    assert compat.is_python_gradient(_Own.apply(x).grad_fn)
+    assert not compat.is_python_gradient((x * 2).grad_fn)
+    with compat.fake_ranks(2):
+        group = dist.group.WORLD.group_name
+        custom = dialect.unshard(x, 4, 2, torch.float32, group)
+        assert custom.grad_fn is not None and not compat.is_python_gradient(custom.grad_fn)
+
+
+def test_the_checkpoint_that_runs_is_known() -> None:
+    import functools
+
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    found: list[Any] = []
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        found.append(compat.checkpoint_running())
+        y = x.sin()
+        found.append(compat.checkpoint_running())
+        return y
+
+    x = torch.ones(2, requires_grad=True)
+    assert compat.checkpoint_running() == (None, None)
+    checkpoint(body, x, use_reentrant=False)
+    (first, policy), (again, _) = found
+    assert first is not None and first is again and policy is None
+    context = functools.partial(create_selective_checkpoint_contexts, [aten.sin.default])
+    checkpoint(body, x, use_reentrant=False, context_fn=context)
+    policy = found[-1][1]
+    assert policy is not None and policy(aten.sin.default, (x,), {}) is not None
+    saved, recomputed = compat.saved_tags(), compat.checkpoint_tags(1)
+    assert policy(aten.sin.default, (x,), {}) == saved["recompute"] != recomputed["recompute"]
+
+
+def test_parts_of_dtensors() -> None:
+    with compat.fake_ranks(2):
+        mesh = dist.init_device_mesh("cpu", (2,))
+        whole = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)], run_check=False)
+        part = compat.local_part(whole)
+        assert part.shape == (2, 3) and compat.local_part(part) is part
+        again = compat.dtensor_of(part * 2, compat.specification(whole), True)
+        assert again.shape == (4, 3) and again.requires_grad and isinstance(again, DTensor)
+        assert isinstance(compat.mark_parameter(again), torch.nn.Parameter)
+
+
+def test_operators_by_name() -> None:
+    assert compat.operator_base(aten._foreach_mul.List) == "_foreach_mul" and compat.operator_base(len) == ""
+    x = torch.fx.Graph().placeholder("x")
+    x.meta["val"] = torch.ones(2)
+    assert compat.overload_for(aten.mul, (x, 2.0), {}) is aten.mul.Tensor
+    assert compat.overload_for(aten.pow, (0.9, x), {}) is aten.pow.Scalar
+    assert compat.result_count(aten.max.dim) == 2
+    assert compat.is_random(aten.bernoulli.p) and not compat.is_random(aten.mul.Tensor)

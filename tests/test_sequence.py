@@ -258,12 +258,25 @@ def test_families_on_two_ranks(names: tuple[str, ...]) -> None:
     check_families(names, 2, SP2)
 
 
-def test_families_on_four_ranks() -> None:
-    check_families(("llama odd eager", "llama_1kv", "t5 eager translated", "gemma3 odd"), 4, SP4)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("llama odd eager", "llama_1kv", "t5 eager translated", "gemma3 odd"),
+        ("qwen3", "bert odd", "gpt2 odd", "vit"),
+    ],
+    ids="-".join,
+)
+def test_families_on_four_ranks(names: tuple[str, ...]) -> None:
+    check_families(names, 4, SP4, steps=1)
 
 
-def test_two_groups_of_two_ranks() -> None:
-    check_families(("qwen3 odd masked", "bert odd eager"), 4, SP2)
+@pytest.mark.parametrize(
+    "names",
+    [("qwen3 odd masked", "bert odd eager", "llama", "t5 odd"), ("roberta", "neox odd", "opt", "gemma2 odd")],
+    ids="-".join,
+)
+def test_two_groups_of_two_ranks(names: tuple[str, ...]) -> None:
+    check_families(names, 4, SP2, steps=1)
 
 
 def test_inductor() -> None:

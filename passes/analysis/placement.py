@@ -54,18 +54,26 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Dimension ``dim``, seen as (``outer``, ``length``), in pieces of ``chunk`` positions."""
+    """Dimension ``dim``, seen as (``outer``, ``length``), in pieces of ``chunk`` positions.
+
+    ``origin`` is the length that was cut into these pieces; where positions were dropped from the end it is
+    longer than ``length``. Shards of different origin are never the same, even where their chunks happen to
+    be equal: what is communicated must not depend on the length of a batch.
+    """
 
     dim: int
     outer: Any
     length: Any
     chunk: Any
+    origin: Any
 
     def same(self, other: object) -> bool:
         if not isinstance(other, Shard) or self.dim != other.dim:
             return False
-        pairs = ((self.outer, other.outer), (self.length, other.length), (self.chunk, other.chunk))
-        return all(compat.known_equal(a, b) for a, b in pairs)
+        return _known_same(
+            (self.outer, self.length, self.chunk, self.origin),
+            (other.outer, other.length, other.chunk, other.origin),
+        )
 
     def at(self, dim: int) -> Shard:
         return replace(self, dim=dim)
@@ -124,7 +132,11 @@ class Axis:
 
     def pieces(self, dim: int, length: Any, outer: Any = 1) -> Shard:
         """The shard of ``length`` positions in equal pieces, the last one padded."""
-        return Shard(dim, outer, length, (length + self.size - 1) // self.size)
+        chunk = (length + self.size - 1) // self.size
+        if isinstance(chunk, torch.SymInt) and compat.size_hint(chunk) == 1:
+            # torch treats a size of one as a constant: the program would be one for this length alone.
+            chunk = chunk + 1
+        return Shard(dim, outer, length, chunk, length)
 
     def is_even(self, shard: Shard) -> bool:
         """Whether it is certain that no place holds padding."""
@@ -213,18 +225,22 @@ class Propagation(Interpreter):
         self._moved: dict[tuple[int, str], tuple[Value, Value]] = {}
         self._seed: Tensor | None = None
         self._draws = 0
+        self._shortened: list[Shard] = []
+        self.single = False
+        """Whether there is a sequence of one position: elsewhere a size of one is none."""
 
     # What rules ask for.
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """The shape of the current node's whole result."""
-        return tuple(self.node.meta["val"].shape)
+        """The shape of the current node's whole result; of the first, where it has several."""
+        val = self.node.meta["val"]
+        return tuple(val[0].shape if isinstance(val, (tuple, list)) else val.shape)
 
     def to(self, value: Value, shard: Shard) -> Value:
         """``value`` under ``shard``; a value that is moved twice the same way is moved once."""
         # What was moved where no gradient flows does not serve where one does.
-        place = f"{shard.dim} {shard.outer} {shard.length} {shard.chunk} {torch.is_grad_enabled()}"
+        place = f"{shard} {torch.is_grad_enabled()}"
         key = (id(value), place)
         if key not in self._moved:
             if value.sharded and value.shard.dim == shard.dim and not value.shard.same(shard):
@@ -252,12 +268,12 @@ class Propagation(Interpreter):
         """
         count, places = value.shape[1], self.axis.size
         if compat.known_equal(count % places, 0):
-            return self.to(value, Shard(1, 1, count, count // places))
+            return self.to(value, Shard(1, 1, count, count // places, count))
         if not compat.known_equal(places % count, 0):
             return None
         more = _aten.repeat_interleave.self_int(value.tensor, places // count, 1)
         shape = (value.shape[0], places, *value.shape[2:])
-        return self.to(Value(more, value.placement, shape), Shard(1, 1, places, 1))
+        return self.to(Value(more, value.placement, shape), Shard(1, 1, places, 1, places))
 
     def repeated(self, node: Node) -> Value | None:
         """What ``node``, a reshape to (batch, heads, ...), repeats along its heads, if it does."""
@@ -280,11 +296,37 @@ class Propagation(Interpreter):
         merged = (base.shape[0], base.shape[1] * wide[2], *base.shape[2:])
         return base if _known_same(expected, wide) and _known_same(merged, shape) else None
 
+    def heads_in_batch(self) -> Shard | None:
+        """Shards of the heads that operands of this product, of three dimensions, merge with the batch."""
+        for node in self.node.all_input_nodes:
+            while node.target not in _RESHAPES and len(node.all_input_nodes) == 1:
+                turned = _operator_name(node.target) in ("transpose", "mT") and node.meta["val"].ndim == 3
+                if turned and 0 in [_dim(d, 3) for d in node.args[1:]]:
+                    break
+                if not turned and torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+                    break
+                node = node.all_input_nodes[0]
+            if node.target not in _RESHAPES:
+                continue
+            shape = node.all_input_nodes[0].meta["val"].shape
+            if len(shape) != 4 or not _known_same((shape[0] * shape[1], *shape[2:]), node.meta["val"].shape):
+                continue
+            batch, heads = shape[:2]
+            if compat.known_equal(heads % self.axis.size, 0):
+                return Shard(0, batch, heads, heads // self.axis.size, heads)
+        return None
+
     def beside(self, value: Any) -> Any:
         """A value that must be whole beside sharded ones."""
         if isinstance(value, Value) and value.sharded:
             self._gathers(self.node.target, [value])
         return self.axis.beside(value) if isinstance(value, Value) else value
+
+    def whole(self, value: Value) -> Tensor:
+        """The complete value; one that is sharded is gathered, which is counted."""
+        if value.sharded:
+            self._gathers(self.node.target, [value])
+        return self.axis.whole(value)
 
     def result(self, tensor: Any, placement: Placement, shape: Sequence[Any] | None = None) -> Any:
         """Values of a node's result, all under one placement."""
@@ -308,10 +350,24 @@ class Propagation(Interpreter):
         after = len(value.shape) - shard.dim - 1
         return torch.where(mask.reshape([-1] + [1] * after), value.tensor, fill)
 
+    def pieces(self, dim: int, length: Any) -> Shard:
+        """Pieces of ``length`` positions: of a sequence that lost its end, as they lie already."""
+        for shard in self._shortened:
+            if compat.known_equal(shard.length, length):
+                return shard.at(dim)
+        return self.axis.pieces(dim, length)
+
+    def shortened(self, shard: Shard, length: Any) -> Shard:
+        """``shard`` of a sequence of which the first ``length`` positions are left, where they are."""
+        found = replace(shard, length=length)
+        self._shortened.append(found)
+        self.single = self.single or compat.known_equal(length, 1)
+        return found
+
     def even_pieces(self, dim: int, length: Any, what: str) -> Shard:
         """Pieces of a dimension that must not be padded: attention heads."""
         if compat.known_equal(length % self.axis.size, 0):
-            return Shard(dim, 1, length, length // self.axis.size)
+            return Shard(dim, 1, length, length // self.axis.size, length)
         size = compat.size_hint(length)
         legal = [d for d in range(1, size + 1) if size % d == 0]
         raise PlacementError(
@@ -386,7 +442,8 @@ class Propagation(Interpreter):
 
     def _whole(self, target: Any, args: Any, kwargs: Any) -> Any:
         differentiable = [v for v in _values(args, kwargs) if v.tensor.requires_grad]
-        weights_only = all(v.placement == W for v in differentiable)
+        # What an operator of the user's own does to gradients need not be linear: it gets all of them.
+        weights_only = _is_known(target) and all(v.placement == W for v in differentiable)
         convert = (lambda v: v.tensor) if weights_only else self.axis.whole
         args, kwargs = _map_values(convert, (args, kwargs))
         result = target(*args, **kwargs)
@@ -419,13 +476,22 @@ class Propagation(Interpreter):
         if value.sharded or node not in self._from_batch:
             return args
         dim = len(value.shape) - (1 if name == "embedding" else 2)
-        if dim < 1 or compat.known_equal(value.shape[dim], 1):
+        if dim < 1:
+            return args
+        single = compat.known_equal(value.shape[dim], 1)
+        if single and name != "embedding" and not self._all_single(dim):
             return args
         others = _values(args[1:], {})
         if name in ("linear", "matmul") and any(v.placement != W or len(v.shape) > 2 for v in others):
             return args
-        started = self.to(value, self.axis.pieces(dim, value.shape[dim]))
+        self.single = self.single or single
+        started = self.to(value, self.pieces(dim, value.shape[dim]))
         return (*args[:place], started, *args[place + 1 :])
+
+    def _all_single(self, dim: int) -> bool:
+        """Whether no input has more than one position there: then one is a sequence's length."""
+        vals = (n.meta["val"] for n in self._from_batch if n.op == "placeholder")
+        return all(v.ndim <= dim or compat.known_equal(v.shape[dim], 1) for v in vals)
 
 
 def _from_batch(graph: GraphModule, weights: set[str]) -> set[Node]:
@@ -448,6 +514,10 @@ def _copy(source: Tensor, like: Tensor) -> Tensor:
 def _as_value(result: Any) -> Any:
     return Value(result, R, tuple(result.shape)) if isinstance(result, Tensor) else result
 
+
+_RESHAPES = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)
+_END = 2**63 - 1
+"""Where a slice ends that has no end."""
 
 _SAME_ELEMENTS = ("slice", "unsqueeze", "alias")
 
@@ -481,12 +551,15 @@ RULES: dict[str, Rule] = {}
 
 
 def _rule_for(target: Any) -> Rule | None:
-    # Other libraries' operators may have the names of ATen's.
-    known = target is _copy or getattr(target, "namespace", None) in ("aten", "prims")
-    found = RULES.get(_operator_name(target)) if known else None
+    found = RULES.get(_operator_name(target)) if _is_known(target) else None
     if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
         return elementwise
     return found
+
+
+def _is_known(target: Any) -> bool:
+    """Whether an operator is torch's own: other libraries' may have the names of ATen's."""
+    return target is _copy or getattr(target, "namespace", None) in ("aten", "prims")
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -531,7 +604,11 @@ def _aligned(p: Propagation, value: Value, shard: Shard, ndim: int) -> Tensor:
     """``value`` for use beside a value of ``ndim`` dimensions under ``shard``, to which it is broadcast."""
     dim = shard.dim - (ndim - len(value.shape))
     total = shard.outer * shard.length
-    if dim < 0 or (compat.known_equal(value.shape[dim], 1) and not compat.known_equal(total, 1)):
+    if dim < 0:
+        return p.beside(value)
+    # Beside a sequence of one position, what is whole has a size of one because it is broadcast.
+    one = compat.known_equal(value.shape[dim], 1)
+    if one and not (value.sharded and compat.known_equal(total, 1)):
         return p.beside(value)
     return p.to(value, shard.at(dim)).tensor
 
@@ -563,6 +640,9 @@ def reshaped(shape: Sequence[Any], shard: Shard, to: Sequence[Any]) -> Shard | N
     divisor (split off) of the length.
     """
     before = math.prod(shape[: shard.dim]) * shard.outer
+    own = _single(shard, before, to) if compat.known_equal(shard.length, 1) else None
+    if own is not None:
+        return replace(shard, dim=own, outer=1)
     start: Any = 1
     for dim, size in enumerate(to):
         if compat.known_equal(size, 1) and not compat.known_equal(shard.length, 1):
@@ -572,22 +652,34 @@ def reshaped(shape: Sequence[Any], shard: Shard, to: Sequence[Any]) -> Shard | N
             if compat.known_equal(size % outer, 0):
                 rest = size // outer
                 if compat.known_equal(rest, shard.length):
-                    return Shard(dim, outer, rest, shard.chunk)
+                    return replace(shard, dim=dim, outer=outer)
                 if compat.known_equal(rest % shard.length, 0) and not compat.known_equal(rest, 0):
-                    return Shard(dim, outer, rest, shard.chunk * (rest // shard.length))
+                    times = rest // shard.length
+                    return Shard(dim, outer, rest, shard.chunk * times, shard.origin * times)
                 inner = shard.length // rest
                 whole = all(compat.known_equal(n, 0) for n in (shard.length % rest, shard.chunk % inner))
                 if whole and not compat.known_equal(rest, 1):
-                    return Shard(dim, outer, rest, shard.chunk // inner)
+                    return Shard(dim, outer, rest, shard.chunk // inner, shard.origin // inner)
         start = start * size
     return None
 
 
-@rule("transpose", "swapaxes", "t")
+def _single(shard: Shard, before: Any, to: Sequence[Any]) -> int | None:
+    """Which of the dimensions of size one is the sequence of one position: where a longer one would be.
+
+    Any of them could be; but what is communicated should not depend on the length. Batches come first.
+    """
+    found = [d for d, s in enumerate(to) if _known_same((s, math.prod(to[:d])), (1, before))]
+    later = [d for d in found if d > 0]
+    return shard.dim if shard.dim in later else next(iter([*later, *found]), None)
+
+
+@rule("transpose", "swapaxes", "t", "mT", "mH")
 def transpose(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     x = args[0]
     ndim = len(x.shape)
-    a, b = (_dim(args[1], ndim), _dim(args[2], ndim)) if len(args) > 2 else (0, 1)
+    # A matrix's own two dimensions, where none are named.
+    a, b = (_dim(args[1], ndim), _dim(args[2], ndim)) if len(args) > 2 else (max(ndim - 2, 0), ndim - 1)
     dim = {a: b, b: a}.get(x.shard.dim, x.shard.dim)
     out = p.result(target(x.tensor, *args[1:]), x.shard.at(dim))
     if x.repeats is not None and x.repeats.sharded and min(a, b) > 1:
@@ -649,21 +741,30 @@ def narrow(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     dim = _dim(_argument(args, kwargs, 1, "dim", 0), len(x.shape))
     if dim != x.shard.dim:
         return p.result(target(x.tensor, *args[1:], **kwargs), x.shard)
+    start, step = _argument(args, kwargs, 2, "start") or 0, _argument(args, kwargs, 4, "step", 1)
+    end = _argument(args, kwargs, 3, "end")
+    if _is_position(p.shape[dim], start, end):
+        return _position(p, x, dim, start, keep=True)
     if compat.known_equal(p.shape[dim], x.shape[dim]):
         return x
-    start, step = _argument(args, kwargs, 2, "start") or 0, _argument(args, kwargs, 4, "step", 1)
-    if compat.known_equal(p.shape[dim], 1):
-        return _position(p, x, dim, start, keep=True)
     if not (compat.known_equal(start, 0) and step == 1 and compat.known_equal(x.shard.outer, 1)):
         return None
     # Positions cut off the end become padding where they are. What stood there is no longer used, and need
     # not be fit to be computed with (the square root of what was set to zero, say).
-    shard = replace(x.shard, length=p.shape[dim])
+    shard = p.shortened(x.shard, p.shape[dim])
     if not x.tensor.is_floating_point():
         return p.result(x.tensor, shard)
     after = [1] * (len(x.shape) - dim - 1)
     valid = p.axis.valid(x.tensor, shard).reshape([-1, *after])
     return p.result(torch.where(valid, x.tensor, p.axis.last(x.tensor.detach(), shard)), shard)
+
+
+def _is_position(size: Any, start: Any, end: Any) -> bool:
+    """Whether a slice takes one position of a sequence of any length, not what is left of a short one."""
+    is_open = end is None or compat.known_equal(end, _END)
+    if compat.known_equal(start, 0):
+        return compat.known_equal(size, 1) and not is_open and not end < 0  # [:1], not [:-1] nor [:]
+    return compat.known_equal(size, 1) and not (is_open and compat.known_equal(start, 1))  # not [1:]
 
 
 @rule("select")
@@ -773,6 +874,43 @@ def gather_along(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     return p.result(target(p.to(x, shard).tensor, dim, p.to(index, shard).tensor, **kwargs), shard)
 
 
+@rule("take_along_dim")
+def take_along(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, index = args[:2]
+    dim, ndim = _argument(args, kwargs, 2, "dim"), len(p.shape)
+    shard = (x if x.sharded else index).shard
+    if dim is None or shard.dim == _dim(dim, ndim):
+        return None
+    if not compat.known_equal(p.shape[shard.dim], shard.outer * shard.length):
+        return None
+    return p.result(target(*(_aligned(p, v, shard, ndim) for v in (x, index)), dim), shard)
+
+
+@rule("index_select")
+def index_select(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, dim, index = args
+    if not x.sharded or index.sharded or x.shard.dim == _dim(dim, len(x.shape)):
+        return None
+    return p.result(target(x.tensor, dim, index.tensor), x.shard)
+
+
+@rule("index")
+def index(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    """By whole positions in other dimensions: what they select stands where the first of them does."""
+    x, positions = args
+    places = [d for d, v in enumerate(positions) if v is not None]
+    if not x.sharded or x.shard.dim in places or any(v.sharded for v in _values(positions, {})):
+        return None
+    if any(positions[d].tensor.dtype in (torch.bool, torch.uint8) for d in places):  # as many as are True
+        return None
+    adjacent = places == list(range(places[0], places[-1] + 1))
+    made = max(len(positions[d].shape) for d in places)
+    first = places[0] if adjacent else 0
+    others = sum(d not in places for d in range(x.shard.dim))
+    dim = others if others < first else others + made
+    return p.result(target(x.tensor, _map_values(lambda v: v.tensor, positions)), x.shard.at(dim))
+
+
 # Sums over the sharded dimension are partial: reduced at once. Padding counts as nothing.
 
 
@@ -800,6 +938,10 @@ def reduction(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
       "linalg_vector_norm", "prod", "count_nonzero")  # fmt: skip
 def other_reduction(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     x = args[0]
+    if _operator_name(target) in ("std", "var"):
+        spread = _spread(p, target, args, kwargs)
+        if spread is not None:
+            return spread
     place = {"norm": 2, "linalg_vector_norm": 2}.get(_operator_name(target), 1)
     given = _argument(args, kwargs, place, "dim")
     given = [given] if isinstance(given, int) and not isinstance(given, bool) else given
@@ -813,6 +955,27 @@ def other_reduction(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     keep = first.ndim == len(x.shape)
     shift = 0 if keep else sum(d < x.shard.dim for d in dims)
     return p.result(result, x.shard.at(x.shard.dim - shift))
+
+
+def _spread(p: Propagation, target: Any, args: Any, kwargs: Any) -> Value | None:
+    """The variance over the sharded dimension, or its root: the mean first, then squares of what deviates."""
+    names = [name for name, _ in compat.operator_arguments(target)]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    x, dims, keep = given["self"], given.get("dim"), bool(given.get("keepdim", False))
+    dims = [_dim(d, len(x.shape)) for d in dims] if dims else list(range(len(x.shape)))
+    dtype = x.tensor.dtype
+    if x.shard.dim not in dims or not dtype.is_floating_point:
+        return None
+    correction = given.get("correction")
+    if correction is None:
+        correction = int(given.get("unbiased", True))
+    count = math.prod(x.shape[d] for d in dims)
+    wide = Value(x.tensor.to(torch.promote_types(dtype, torch.float32)), x.placement, x.shape)
+    total = p.axis.total(_aten.sum.dim_IntList(p.masked(wide), dims, True))
+    mean = Value(total / count, R, tuple(total.shape))
+    squares = Value((wide.tensor - p.axis.beside(mean)).square(), x.placement, x.shape)
+    found = p.axis.total(_aten.sum.dim_IntList(p.masked(squares), dims, keep)) / (count - correction)
+    return p.result((found.sqrt() if _operator_name(target) == "std" else found).to(dtype), R)
 
 
 # Products.
@@ -836,8 +999,8 @@ def _freed(p: Propagation, x: Value, dim: int) -> Value | None:
     """``x`` with dimension ``dim`` whole and another one, before it, sharded instead."""
     for other in range(dim - 1, 0, -1):
         size = x.shape[other]
-        if not compat.known_equal(size, 1):
-            return p.to(x, p.axis.pieces(other, size))
+        if p.single or not compat.known_equal(size, 1):
+            return p.to(x, p.pieces(other, size))
     return None
 
 
@@ -862,10 +1025,21 @@ def addmm(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     return p.result(target(p.beside(bias), x.tensor, p.beside(weight), **kwargs), x.shard)
 
 
-@rule("matmul", "bmm", "mm", "baddbmm")
-def matmul(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
-    if _operator_name(target) == "baddbmm":
+@rule("baddbmm")
+def baddbmm(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    added, a, b = args
+    product = matmul(p, _aten.bmm.default, (a, b), {}) if a.sharded or b.sharded else None
+    if product is None or not product.sharded:
         return None
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    scaled = product.tensor * alpha
+    if beta != 0:  # else what is added may be anything, NaN too
+        scaled = scaled + _aligned(p, added, product.shard, len(p.shape)) * beta
+    return p.result(scaled, product.shard)
+
+
+@rule("matmul", "bmm", "mm")
+def matmul(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     a, b = args
     if len(a.shape) < 2 or len(b.shape) < 2:
         return None
@@ -908,13 +1082,48 @@ def _in_batch(p: Propagation, target: Any, a: Value, b: Value, roles: tuple[Any,
         # Heads must divide; batches, which come first, may be padded.
         what = "a product of sequences (attention)"
         shard = p.axis.pieces(0, size) if dim == 0 else p.even_pieces(dim, size, what)
+        if dim == 0:
+            shard = p.heads_in_batch() or shard
 
     def local(v: Value) -> Tensor:
-        if not _has(v, shard.dim, ndim):
+        own = shard.dim - (ndim - len(v.shape))
+        if not _has(v, shard.dim, ndim) and not (v.sharded and v.shard.dim == own):
             return p.beside(v)
-        return p.to(v, shard.at(shard.dim - (ndim - len(v.shape)))).tensor
+        return p.to(v, shard.at(own)).tensor
 
     return p.result(target(local(a), local(b)), shard)
+
+
+@rule("einsum")
+def einsum(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    """A product by letters. Operands sharded along different ones meet in one that all have, as matmul's."""
+    equation, operands = args[0].replace(" ", ""), args[1]
+    if "->" not in equation or "." in equation:
+        return None
+    given, made = equation.split("->")
+    terms = given.split(",")
+    if any(len(set(term)) < len(term) for term in terms):
+        return None
+    letters = {term[v.shard.dim]: v.shard for term, v in zip(terms, operands, strict=True) if v.sharded}
+    shards = [v.shard.at(0) for v in operands if v.sharded]
+    letter, shard = next(iter(letters.items()))
+    if len(letters) > 1 or not all(s.same(shards[0]) for s in shards):
+        common = [c for c in made if all(c in term for term in terms)]
+        if not common:
+            return None
+        letter = common[-1]
+        place = made.index(letter)
+        size = p.shape[place]
+        shard = p.axis.pieces(0, size) if place == 0 else p.even_pieces(place, size, "a product of sequences")
+
+    def local(term: str, v: Value) -> Tensor:
+        if letter not in term:
+            return p.beside(v)
+        mine = p.to(v, shard.at(term.index(letter)))
+        return mine.tensor if letter in made else p.masked(mine)
+
+    result = target(equation, [local(*pair) for pair in zip(terms, operands, strict=True)], **kwargs)
+    return p.result(result, shard.at(made.index(letter))) if letter in made else p.total(result)
 
 
 def _has(value: Value, dim: int, ndim: int) -> bool:
@@ -945,7 +1154,7 @@ def attention(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
         kwargs["attn_mask"] = _heads_of_mask(p, mask, heads)
     kwargs["enable_gqa"] = len({x.shard.local for x in sharded}) > 1
     out = p.result(target(*(x.tensor for x in sharded), **kwargs), heads)
-    return p.to(out, p.axis.pieces(2, p.shape[2]))
+    return p.to(out, p.pieces(2, p.shape[2]))
 
 
 def _heads_of_mask(p: Propagation, mask: Value, heads: Shard) -> Tensor:
@@ -993,14 +1202,11 @@ def _attention_dropout(p: Propagation, target: Any, args: Any, kwargs: Any) -> A
     heads = p.even_pieces(1, q.shape[1], "attention") if sharded else None
     mask, placement = given.get("attn_mask"), heads or R
 
-    def local(x: Value) -> Tensor:
-        return p.axis.whole(x) if heads is None else p.to(x, heads).tensor
-
     if heads is None:
-        queries, keys, values = (local(x) for x in (q, k, v))
-        bias = None if mask is None else p.axis.whole(mask)
+        queries, keys, values = (p.whole(x) for x in (q, k, v))
+        bias = None if mask is None else p.whole(mask)
     else:
-        queries = local(q)
+        queries = p.to(q, heads).tensor
         keys, values = (_key_value(p, x, heads).tensor for x in (k, v))
         bias = None if mask is None else _heads_of_mask(p, mask, heads)
     times = queries.shape[-3] // keys.shape[-3]
@@ -1016,18 +1222,24 @@ def _attention_dropout(p: Propagation, target: Any, args: Any, kwargs: Any) -> A
     # Rows that are masked altogether attend to nothing, as in torch.
     dropped, _ = p.dropped(_aten._safe_softmax.default(scores, -1), probability, sharded)
     out = p.result(dropped @ values, placement)
-    return p.to(out, p.axis.pieces(2, p.shape[2])) if sharded else out
+    return p.to(out, p.pieces(2, p.shape[2])) if sharded else out
+
+
+_LIKE = ("rand_like", "randn_like", "randint_like")
 
 
 def _draw(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     """Any other random operator draws whole values, the first place's on all."""
+    if _operator_name(target) in _LIKE:  # it reads a shape
+        like = args[0]
+        args = (Value(like.tensor.detach().new_empty(like.shape), R, like.shape), *args[1:])
     if any(v.tensor.requires_grad for v in _values(args, kwargs)):
         raise PlacementError(
             f"node '{p.node.name}' ({where(p.node)}): {target} draws random numbers for a value that has a "
             "gradient, and ranks would draw different ones. Use torch.nn.functional.dropout, or draw the "
             "numbers first (torch.rand) and compute with them."
         )
-    args, kwargs = _map_values(lambda v: p.axis.whole(v), (args, kwargs))
+    args, kwargs = _map_values(p.whole, (args, kwargs))
     result = target(*args, **kwargs)
     return p.result(tree_map(lambda t: p.axis.agreed(t) if isinstance(t, Tensor) else t, result), R)
 
@@ -1105,7 +1317,7 @@ def nll(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
 
 
 @rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
-      "binary_cross_entropy_with_logits", "soft_margin_loss")  # fmt: skip
+      "binary_cross_entropy_with_logits", "soft_margin_loss", "kl_div")  # fmt: skip
 def elementwise_loss(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     names = [name for name, _ in compat.operator_arguments(target)]
     given = dict(zip(names, args, strict=False)) | kwargs
