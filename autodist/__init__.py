@@ -17,6 +17,8 @@ from autodist.runtime.agreement import DisagreementError, MissingRanksError
 from autodist.runtime.monitor import PeerError
 from autodist.runtime.outputs import DifferentBatchError, WithheldOutputError
 from autodist.runtime.parameters import LostWriteError, MixedReadError, MovedParameterError
+from autodist.step_capture import StepError
+from autodist.train_step import train_step
 from autodist.verify import Report, verify
 
 __all__ = [
@@ -32,11 +34,13 @@ __all__ = [
     "PlanError",
     "PrepareError",
     "Report",
+    "StepError",
     "WithheldOutputError",
     "__version__",
     "export",
     "load",
     "prepare",
     "save",
+    "train_step",
     "verify",
 ]

@@ -4,6 +4,13 @@
     joint    ──ask_policies, unmark, merge_reads, narrow_gathers──> partition
     parts    ──bucket, lower, overlap──> Inductor (or eager)
 
+A captured training step (:mod:`autodist.step_capture`) takes the same way: what it differentiates is a
+captured program each, goes through capture passes, joint passes and partition, and is put back in its place;
+then the whole is one graph, and is scheduled as one.
+
+    step     ──regions──> captured ... parts ──back in place, split_foreach──> AOTAutograd
+    whole    ──drop_aliases, hoist_scalars, bucket, lower, overlap──> Inductor (or eager)
+
 The order is :func:`default_passes`, here and nowhere else. A graph that needs no gradient is not
 partitioned: it goes through the joint passes and then through those of a forward part.
 
@@ -31,13 +38,25 @@ from autodist.passes.analysis.timeline import Timeline, simulate
 from autodist.passes.analysis.wrapper import wrapper_peak
 from autodist.passes.base import Context, Pass, Phase, Record, operators, run_passes
 from autodist.passes.bucket import Bucket
+from autodist.passes.capture import functional
 from autodist.passes.checkpoints import AskPolicies
 from autodist.passes.graph import num_bytes, parameter_of
 from autodist.passes.lower import Lower
+from autodist.passes.optimizer import DropAliases, HoistScalars, SplitForeach
 from autodist.passes.overlap import Overlap
 from autodist.passes.partition import Partition
 from autodist.passes.precision import Autocast
-from autodist.passes.sequence_parallel import POLICIES, SHARDED_OUTPUTS, SequenceParallel, Unmark
+from autodist.passes.regions import (
+    Parts,
+    Region,
+    assembled,
+    joint_of,
+    program_of,
+    regions_of,
+    returned_outputs,
+    write_back,
+)
+from autodist.passes.sequence_parallel import POLICIES, RETURNED, SHARDED_OUTPUTS, SequenceParallel, Unmark
 from autodist.passes.writes import RefuseWeightWrites
 from autodist.passes.zero import MergeReads, NarrowGathers
 from autodist.plan import Plan
@@ -45,6 +64,7 @@ from autodist.runtime import compat
 from autodist.runtime.agreement import collective_lines, graph_lines
 from autodist.runtime.outputs import Kept, SameBatch, returned
 from autodist.runtime.parameters import GatheredWeight, check_same, parameter_name, plain_tensor
+from autodist.step_capture import Captured
 
 # Inductor moves nodes to shorten lifetimes and to bring producers to consumers; both undo a schedule.
 KEEP_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
@@ -72,6 +92,9 @@ def default_passes(
         Unmark(),
         MergeReads(),
         NarrowGathers(),
+        SplitForeach(),
+        DropAliases(),
+        HoistScalars(),
         Bucket(reduce_at_end=plan.zero == 1),
         Lower(),
         Overlap(),
@@ -116,6 +139,7 @@ class Compilation:
     """One captured graph on its way through the compiler.
 
     ``parameters`` maps the graph's inputs, by position, to parameter names; ``batch`` describes the others.
+    ``kept`` are outputs of a training step that stay in pieces.
     """
 
     job: Job
@@ -124,6 +148,8 @@ class Compilation:
     resident: int
     batch: str
     policies: Mapping[int, Any] = field(default_factory=dict)
+    is_step: bool = False
+    kept: dict[int, Kept] = field(default_factory=dict)
 
     def context(self, phase: Phase) -> Context:
         return Context(
@@ -178,12 +204,42 @@ class Compilation:
         return parts
 
     def whole(self, graph: GraphModule) -> GraphModule:
-        """A graph without gradients, scheduled."""
-        graph = self.transform(graph, Phase.JOINT)
+        """A graph without gradients, or a whole training step, scheduled."""
+        if not self.is_step:
+            graph = self.transform(graph, Phase.JOINT)
         program = self._program(graph)
-        graph = self.transform(graph, Phase.FORWARD_PART)
-        self._finish({"forward": graph}, program)
+        graph = self.transform(graph, Phase.STEP if self.is_step else Phase.FORWARD_PART)
+        self._finish({self.whole_name: graph}, program)
         return graph
+
+    @property
+    def whole_name(self) -> str:
+        """What a graph is called that has not been partitioned."""
+        return "step" if self.is_step else "forward"
+
+    def split_step(self, step: GraphModule) -> GraphModule:
+        """A functional step with each of its regions transformed, differentiated and partitioned."""
+        regions = regions_of(step)
+        return assembled(step, regions, [self._region(step, r) for r in regions])
+
+    def _region(self, step: GraphModule, region: Region) -> Parts:
+        captured, returned = program_of(step, region), returned_outputs(region)
+        captured.meta[RETURNED] = frozenset(returned)
+        program = self.transform(captured, Phase.CAPTURED)
+        for i, kept in program.meta.get(SHARDED_OUTPUTS, {}).items():
+            self.kept[returned[i]] = _of_the_step(kept, region)
+        policies = self.policies
+        self.policies = {**policies, **program.meta.get(POLICIES, {})}
+        joint, inputs = joint_of(program, region)
+        joint = self.transform(joint, Phase.JOINT)
+        for node in joint.graph.nodes:
+            if compat.is_random(node.target):  # what is drawn once is kept: to draw it again takes the state
+                node.meta |= compat.saved_tags()  # of a generator, which a whole step does not carry
+        lasting = [i for i, n in enumerate(region.inputs) if n.op == "placeholder"]
+        counts = {"num_fwd_outputs": len(region.outputs), "static_lifetime_input_indices": lasting}
+        parts = Parts(*self._split(joint, inputs, **counts))
+        self.policies = policies
+        return parts
 
     def _program(self, graph: GraphModule) -> str:
         """The program before partitioning and lowering, without what legitimately differs by rank."""
@@ -232,7 +288,7 @@ class Compilation:
         """The parameters whose shards each gather sends, in order: shapes alone may look alike."""
         gathers = [n for n in part.graph.nodes if is_collective_start(n)]
         return "\n".join(
-            " ".join(_names_of(g.all_input_nodes, self.parameters))
+            " ".join(_names_of(_sent(g), self.parameters))
             for g in gathers
             if collective_kind(g) == "all_gather"
         )
@@ -263,6 +319,60 @@ def compile_graph(
     return _at_the_border(compiled, inputs, job, kept)
 
 
+def compile_step(captured: Captured, job: Job, kernels: bool = True) -> Callable[..., Sequence[Any]]:
+    """A callable for a captured training step: it takes the real ``captured.inputs``, writes into those that
+    the step changes, and returns a list of the program's outputs.
+
+    Without ``kernels`` it is not lowered to Inductor, whatever the plan says.
+    """
+    report = GraphReport(job.next_graph(), job.hardware.stages_collectives)
+    job.reports.append(report)
+    own = {i: n for i, n in captured.names.items() if i < captured.parameters}
+    run = Compilation(job, own, report, 0, _batch(captured.batch), captured.policies, is_step=True)
+    job.at(f"compiling graph {report.number}")
+    step, written = functional(captured.graph, captured.inputs)
+    with compat.compiling_in(captured.mode):
+        graph = run.transform(run.split_step(step), Phase.STEP_CAPTURED)
+    write_back(graph, written)
+    lower = _inductor if job.plan.lowering == "inductor" and kernels and not job.dry_run else _eager
+    with captured.mode:
+        inputs = [x.detach() for x in captured.inputs]
+    uncached = compat.functorch_patch(enable_autograd_cache=False)
+    with torch.no_grad(), compat.compiling_in(captured.mode), uncached:
+        compiled = lower(graph, inputs, run, None)
+    if job.is_first_rank:
+        _summarise(report)
+    return _step_border(compiled, job, run.kept)
+
+
+def _step_border(
+    compiled: Callable[..., Any], job: Job, kept: Mapping[int, Kept]
+) -> Callable[..., Sequence[Any]]:
+    """``compiled``, with outputs that stay in pieces as the plan wants them."""
+    sequence = job.sequence
+    if sequence is None or not kept:
+        return compiled
+
+    def call(*arguments: Any) -> Sequence[Any]:
+        results = compiled(*arguments)
+        as_dtensor = job.plan.outputs == "sharded"
+        return [
+            returned(r, kept[i], arguments, sequence, as_dtensor) if i in kept else r
+            for i, r in enumerate(results)
+        ]
+
+    return call
+
+
+def _of_the_step(kept: Kept, region: Region) -> Kept:
+    """The same with its length read from the step's inputs rather than the region's."""
+    if not isinstance(kept.length, tuple):
+        return kept
+    place, dim = kept.length
+    source = region.inputs[place]
+    return Kept(kept.dim, (source.meta["input"], dim) if source.op == "placeholder" else None)
+
+
 def _at_the_border(
     compiled: Callable[..., Any], inputs: Sequence[Any], job: Job, kept: Mapping[int, Kept]
 ) -> Callable[..., Any]:
@@ -287,6 +397,11 @@ def _at_the_border(
         )
 
     return call
+
+
+def _sent(gather: Node) -> list[Node]:
+    """What a gather sends, in order."""
+    return [x for x in compat.tree_leaves(gather.args[0]) if isinstance(x, Node)]
 
 
 def _names_of(nodes: Sequence[Node], parameters: Mapping[int, str]) -> list[str]:
@@ -349,7 +464,7 @@ def _inductor(
     def inner(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
         if options.get("is_inference"):
             gm = run.whole(gm)
-        part = "backward" if options.get("is_backward") else "forward"
+        part = "backward" if options.get("is_backward") else run.whole_name
         compiled = compat.compile_fx_inner(gm, example_inputs, **options)
         run.report.programs[part] = compat.emitted_program(compiled)
         return _guarded(compiled, run, part)
@@ -369,13 +484,14 @@ def _eager(
         return _guarded(compat.boxed(gm.forward), run, name)
 
     def inference(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return part("forward", run.whole(gm), example_inputs)
+        return part(run.whole_name, run.whole(gm), example_inputs)
 
     backend = compat.aot_autograd(
         fw_compiler=functools.partial(part, "forward"),
         bw_compiler=functools.partial(part, "backward"),
         inference_compiler=inference,
         partition_fn=run.partition,
+        keep_inference_input_mutations=run.is_step,
     )
     return backend(graph, inputs)
 
@@ -390,7 +506,7 @@ def _guarded(compiled: Callable[..., Any], run: Compilation, part: str) -> Calla
     def call(arguments: list[Any]) -> Any:
         monitor.at(doing)
         with monitor.guard(doing):
-            if part == "forward" and len(run.job.agreed) > 1 and run.report.signature:
+            if part != "backward" and len(run.job.agreed) > 1 and run.report.signature:
                 # Several programs communicate: Python may have gone different ways on different ranks.
                 check_same(run.report.signature, f"runs {doing}", run.job.group, run.job.device)
             return compiled(arguments)

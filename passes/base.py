@@ -43,6 +43,10 @@ class Phase(Enum):
     """The forward half after partitioning: inputs to outputs and saved values."""
     BACKWARD_PART = "backward part"
     """The backward half after partitioning: saved values and tangents to gradients."""
+    STEP_CAPTURED = "captured step"
+    """A training step, its forwards and backwards partitioned and back in place, optimizer as captured."""
+    STEP = "step"
+    """The same as one functional graph of forward, backward and optimizer, with its writes at the end."""
 
 
 class PassError(RuntimeError):
@@ -179,7 +183,7 @@ def check_order(passes: Sequence[Pass]) -> None:
 
 def _check(step: Pass, graph: GraphModule, interface: tuple[Any, ...]) -> None:
     # Dynamo leaves nodes that only set a mode (torch.set_grad_enabled) without a value.
-    captured = Phase.CAPTURED in step.phase
+    captured = Phase.CAPTURED in step.phase or Phase.STEP_CAPTURED in step.phase
     for node in graph.graph.nodes:
         if captured or compat.returns_nothing(node.target):  # an assertion has no value
             continue

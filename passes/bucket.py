@@ -50,25 +50,28 @@ class Bucket(Pass):
     limit: int | None = None
     reduce_at_end: bool = False
     name: ClassVar[str] = "bucket"
-    phase: ClassVar[tuple[Phase, ...]] = (Phase.FORWARD_PART, Phase.BACKWARD_PART)
+    phase: ClassVar[tuple[Phase, ...]] = (Phase.FORWARD_PART, Phase.BACKWARD_PART, Phase.STEP)
 
     def apply(self, graph: GraphModule, context: Context) -> GraphModule:
         order = positions(graph.graph)
-        gathers = [n for n in graph.graph.nodes if n.target is dialect.unshard]
+        gathers = [n for n in graph.graph.nodes if n.target is dialect.unshard and _of_an_input(n)]
         gathers.sort(key=lambda n: first_use(n, order))
-        for bucket in self._buckets(gathers, context):
+        for bucket in self._buckets(gathers, context, order):
             anchor = min(bucket, key=order.__getitem__)
             self._explain(bucket, "gathered", context)
             _merge_gathers(graph.graph, bucket, anchor)
         reductions = [n for n in graph.graph.nodes if n.target in _BUCKET_OF]
-        for bucket in self._buckets(reductions, context):
+        for bucket in self._buckets(reductions, context, order):
             last = max(bucket, key=order.__getitem__)
-            anchor = output_of(graph) if self.reduce_at_end else last.next
+            at_end = self.reduce_at_end and context.phase is not Phase.STEP
+            anchor = output_of(graph) if at_end else last.next
             self._explain(bucket, "reduced", context)
-            _merge_reductions(graph.graph, bucket, anchor)
+            _merge_reductions(graph.graph, bucket, anchor, order, len(order) if at_end else order[last])
         return graph
 
-    def _buckets(self, nodes: Sequence[Node], context: Context) -> list[list[Node]]:
+    def _buckets(
+        self, nodes: Sequence[Node], context: Context, order: dict[Node, int]
+    ) -> list[list[Node]]:
         """Runs of ``nodes`` with one operator, type and group, each as large as its limit allows."""
         done: list[list[Node]] = []
         open_: dict[Any, list[Node]] = {}
@@ -77,7 +80,10 @@ class Bucket(Pass):
             key = (node.target, *node.args[-2:], node.args[-3])
             run, size = open_.setdefault(key, []), num_bytes(node)
             limit = self.limit or bucket_bytes(context.group_sizes[node.args[-1]], context.hardware)
-            if run and held[key] + size > limit and not self._unbounded(node):
+            full = held.get(key, 0) + size > limit and not self._unbounded(node)
+            # A result that is read before the next one is ready cannot wait for it.
+            read = node.target in _BUCKET_OF and any(first_use(n, order) < order[node] for n in run)
+            if run and (full or read):
                 done.append(run)
                 run, held[key] = [], 0
                 open_[key] = run
@@ -95,18 +101,24 @@ class Bucket(Pass):
             context.decide(name, f"{verb} with {len(names) - 1} others", f"one bucket of {size:.1f} MiB")
 
 
+def _of_an_input(gather: Node) -> bool:
+    """Whether what is gathered is there from the start; a step may also gather what it has just updated."""
+    return source(gather.args[0]).op == "placeholder"  # type: ignore[arg-type]
+
+
 def _merge_gathers(graph: Graph, bucket: Sequence[Node], anchor: Node) -> None:
-    shards = [n.args[0] for n in bucket]
-    rows = [n.args[1] for n in bucket]
+    # A step may gather a weight for the end of its forward and for the start of its backward: then once.
+    shards = list(dict.fromkeys(n.args[0] for n in bucket))
+    rows = [next(n.args[1] for n in bucket if n.args[0] is s) for s in shards]
     *_, dtype, group = bucket[0].args
     # Shards are inputs or views of inputs: bring the views up to where the bucket stands.
     for shard in shards:
         _hoist(shard, anchor)  # type: ignore[arg-type]
     with graph.inserting_before(anchor):
         whole = insert(graph, dialect.unshard_bucket, (shards, rows, dtype, group), like=bucket[0])
-        parts = [insert(graph, operator.getitem, (whole, i), like=n) for i, n in enumerate(bucket)]
-    for node, part in zip(bucket, parts, strict=True):
-        replace(node, part)
+        parts = [insert(graph, operator.getitem, (whole, i), like=bucket[0]) for i in range(len(shards))]
+    for node in bucket:
+        replace(node, parts[shards.index(node.args[0])])
 
 
 def _hoist(node: Node, anchor: Node) -> None:
@@ -115,7 +127,9 @@ def _hoist(node: Node, anchor: Node) -> None:
         anchor.prepend(node)
 
 
-def _merge_reductions(graph: Graph, bucket: Sequence[Node], anchor: Node) -> None:
+def _merge_reductions(
+    graph: Graph, bucket: Sequence[Node], anchor: Node, order: dict[Node, int], until: int
+) -> None:
     _, divisor, dtype, group = bucket[0].args
     grads = [n.args[0] for n in bucket]
     with graph.inserting_before(anchor):
@@ -123,13 +137,13 @@ def _merge_reductions(graph: Graph, bucket: Sequence[Node], anchor: Node) -> Non
         whole = insert(graph, target, (grads, divisor, dtype, group), like=bucket[0])
         parts = [insert(graph, operator.getitem, (whole, i), like=n) for i, n in enumerate(bucket)]
     for node, part in zip(bucket, parts, strict=True):
-        _sink_users(node, part)
+        _sink_users(node, part, order, until)
         replace(node, part)
 
 
-def _sink_users(node: Node, after: Node) -> None:
-    """Move the views that read ``node`` behind ``after``, which will take its place."""
+def _sink_users(node: Node, after: Node, order: dict[Node, int], until: int) -> None:
+    """Move what reads ``node`` before ``until`` (views) behind ``after``, which will take its place."""
     for user in list(node.users):
-        if user.op != "output":
+        if order[user] < until:
             after.append(user)
-            _sink_users(user, user)
+            _sink_users(user, user, order, until)

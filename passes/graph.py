@@ -70,14 +70,18 @@ def example(argument: Any) -> Any:
 
 
 def insert(
-    graph: Graph, target: Callable[..., Any], args: tuple[Any, ...], like: Node | None = None
+    graph: Graph,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    like: Node | None = None,
+    kwargs: dict[str, Any] | None = None,
 ) -> Node:
     """A new call at the graph's insertion point, its value computed from its arguments' metadata.
 
     ``like`` lends its stack trace and module stack, so that errors and pictures still point at the
     user's source line.
     """
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     if like is not None:
         node.meta = {k: v for k, v in like.meta.items() if k in _INHERITED}
     evaluate(node)

@@ -32,7 +32,7 @@ class Lower(Pass):
     """Replace every dialect operator by functional collectives."""
 
     name: ClassVar[str] = "lower"
-    phase: ClassVar[tuple[Phase, ...]] = (Phase.FORWARD_PART, Phase.BACKWARD_PART)
+    phase: ClassVar[tuple[Phase, ...]] = (Phase.FORWARD_PART, Phase.BACKWARD_PART, Phase.STEP)
     provides: ClassVar[frozenset[str]] = frozenset({"collectives"})
 
     def apply(self, graph: GraphModule, context: Context) -> GraphModule:

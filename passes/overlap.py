@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -41,6 +41,7 @@ from autodist.passes.analysis.cost import (
 )
 from autodist.passes.base import Context, Pass, Phase
 from autodist.passes.graph import first_use, is_copy, is_view, output_of, positions
+from autodist.runtime import compat
 
 # Ranks of what stands before one compute node, in this order; the node itself comes last.
 _FINISH, _START, _WAIT, _COMPUTE = range(4)
@@ -74,7 +75,7 @@ class Overlap(Pass):
 
     in_flight: int | None = None
     name: ClassVar[str] = "overlap"
-    phase: ClassVar[tuple[Phase, ...]] = (Phase.FORWARD_PART, Phase.BACKWARD_PART)
+    phase: ClassVar[tuple[Phase, ...]] = (Phase.FORWARD_PART, Phase.BACKWARD_PART, Phase.STEP)
     requires: ClassVar[frozenset[str]] = frozenset({"collectives"})
 
     def apply(self, graph: GraphModule, context: Context) -> GraphModule:
@@ -102,9 +103,8 @@ class Overlap(Pass):
             later = reductions[j + self._lag(reductions, j, context) :][:1]
             until = order[later[0].start] if later else end
             for wait in reduction.waits:
-                after = _descendants(wait)
-                if not any(is_collective_start(n) for n in after):
-                    place |= dict.fromkeys(after, (until, _FINISH))
+                when, after = _turn(wait, until, order, place)
+                place |= dict.fromkeys(after, (when, _FINISH))
         moving = {*gathers, *reductions}
         for exchange in (c for c in found if c not in moving):
             _spread(exchange, order, place)
@@ -215,20 +215,53 @@ def _spread(exchange: Collective, order: dict[Node, int], place: dict[Node, tupl
     for wait in exchange.waits:
         only = [wait]
         for node in only:
-            only += [u for u in node.users if u not in only and (is_view(u) or is_copy(u))]
+            # One that also needs a size may have to wait for it.
+            moves = [u for u in node.users if u not in only and (is_view(u) or is_copy(u))]
+            only += [u for u in moves if len(u.all_input_nodes) == 1]
         uses = [order[u] for n in only for u in n.users if u not in only]
         place |= dict.fromkeys(only, (min(uses, default=len(order)), _WAIT))
 
 
-def _descendants(node: Node) -> list[Node]:
-    found: dict[Node, None] = {}
-    frontier = [node]
-    while frontier:
-        current = frontier.pop()
-        if current.op != "output" and current not in found:
-            found[current] = None
-            frontier += current.users
-    return list(found)
+def _turn(
+    wait: Node, until: int, order: dict[Node, int], place: dict[Node, tuple[int, int]]
+) -> tuple[int, list[Node]]:
+    """When to wait for a reduction, ``until`` at the latest, and what then follows at once.
+
+    What follows is all that can be computed from the result and what is there by then: the views and casts
+    that a backward returns, or in a whole step the parameter's update, with the write.
+    """
+
+    def position(node: Node) -> tuple[int, int]:
+        return place.get(node, (order[node], _COMPUTE))
+
+    while True:
+        found = dict.fromkeys([wait])
+        frontier = [wait]
+        while frontier:
+            for user in frontier.pop(0).users:
+                ready = all(n in found or position(n) <= (until, _FINISH) for n in user.all_input_nodes)
+                if user.op == "output" or user in found or is_collective_start(user) or not ready:
+                    continue
+                if user in place:  # it has its turn with another reduction
+                    continue
+                if compat.is_mutating(user.target) and _read_from(user.args[0], until, order, found):
+                    continue
+                found[user] = None
+                frontier.append(user)
+        outside = [position(u)[0] for n in found for u in n.users if u not in found and u.op != "output"]
+        first = min(outside, default=until)
+        if first >= until:
+            return until, sorted(found, key=order.__getitem__)
+        until = first
+
+
+def _read_from(node: Any, until: int, order: dict[Node, int], found: Container[Node]) -> bool:
+    """Whether ``node``'s memory is read at ``until`` or later, other than by ``found``."""
+    return any(
+        (order[u] >= until and not compat.is_mutating(u.target) and u not in found)
+        or (is_view(u) and _read_from(u, until, order, found))
+        for u in node.users
+    )
 
 
 def _reorder(graph: GraphModule, order: dict[Node, int], place: dict[Node, tuple[int, int]]) -> None:

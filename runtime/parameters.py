@@ -74,6 +74,9 @@ def unshard(parameter: Tensor, divisor: int | None = None) -> Tensor:
         return parameter
     mesh = parameter.device_mesh
     group = compat.mesh_group_name(mesh)
+    leaf = getattr(parameter, "_autodist_leaf", None)
+    if leaf is not None:  # in a step being captured
+        return _gather(parameter, leaf, group, divisor)
     local = parameter.to_local()
     name = parameter_name(parameter)
     if name is None:  # in a graph being captured, where the compiler checks order and writes
@@ -85,6 +88,21 @@ def unshard(parameter: Tensor, divisor: int | None = None) -> Tensor:
         whole = _gather(parameter, local, group, divisor).as_subclass(GatheredWeight)
     whole.weight_name = name
     return whole
+
+
+def captured_parameter(parameter: nn.Parameter, leaf: Tensor) -> Tensor:
+    """What stands for ``parameter`` while a training step is captured.
+
+    ``leaf``, the shard that the program takes, is what it differentiates for: reads of the parameter gather
+    ``leaf``; what writes into the parameter writes into the same memory.
+    """
+    if not isinstance(parameter, DTensor):
+        return leaf
+    made = compat.dtensor_of(leaf.detach(), compat.specification(parameter), parameter.requires_grad)
+    ours = ("_autodist_name", "_autodist_job")
+    vars(made).update({k: v for k, v in vars(parameter).items() if k not in ours and k not in vars(made)})
+    made._autodist_leaf = leaf  # type: ignore[attr-defined]
+    return compat.mark_parameter(made)
 
 
 def whole_value(parameter: Tensor) -> Tensor:

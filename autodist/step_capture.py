@@ -1,0 +1,497 @@
+"""A training step, run once without data, becomes a program.
+
+The step's Python runs on fake tensors while its operators are written down: the forward before autograd, an
+operator ``gradients`` where it calls ``loss.backward()``, then whatever it does with gradients, parameters
+and state, on this rank's shards. What an optimizer, ``clip_grad_norm_`` or a moving average does to
+DTensors has been written down as what it does to shards, with the collectives that it needs.
+
+    inputs    parameters' shards, gradients, buffers, moments, learning rates, the batch's tensors
+    outputs   what the step returns; then gradients, moments and buffers that it made; and it writes into
+              the inputs that it changes
+
+Nothing here depends on data, so what does cannot be captured: a branch on a tensor's value, a number taken
+out of one, a tensor printed. It is refused with the line it stands on (:class:`StepError`). So are changes
+to Python values of the models, which a program would not make again.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule, Node
+from torch.overrides import TorchFunctionMode
+
+from autodist.runtime import compat
+from autodist.runtime.compat import local_part, tree_flatten, tree_leaves, tree_unflatten
+from autodist.runtime.gradients import gradients
+from autodist.runtime.parameters import captured_parameter
+from autodist.step_state import Scheduler, State, changed_attribute, hyperparameters
+
+_NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__, compat.__file__))
+_FRAMES = 8
+
+
+class StepError(RuntimeError):
+    """A training step does something that a captured program could not do again."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Something that the step returns: ``kind`` is "tensor" (the program's next output), "constant" (``what``
+    itself), or "parameter", "gradient", "buffer" or "batch": the one with number ``what``."""
+
+    kind: str
+    what: Any = None
+
+
+@dataclass(frozen=True)
+class NewMoment:
+    """State that the step makes: the optimizer's and the parameter's numbers, and its key."""
+
+    optimizer: int
+    parameter: int
+    key: Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that the step makes of a scheduler, to be made after each run."""
+
+    scheduler: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Captured:
+    """A step as a program.
+
+    ``graph`` takes ``inputs`` (fakes, in the order of the module's text; the first are ``parameters`` in
+    number, the last are the ``batch``; ``names`` has those of parameters and of what belongs to them). It
+    returns the tensors among ``results``, then gradients of the parameters ``new_gradients``, then
+    ``new_moments``, then buffers ``new_buffers``; ``specs`` has, for each of these, what makes a DTensor of
+    it, or None. ``without_gradient`` are the parameters that the step leaves without one,
+    ``settings`` the groups' hyperparameters after it.
+    """
+
+    inputs: list[Tensor]
+    names: dict[int, str]
+    mode: compat.FakeTensorMode
+    parameters: int
+    batch: list[Tensor]
+    graph: GraphModule = field(init=False)
+    structure: Any = None
+    results: list[Result] = field(default_factory=list)
+    specs: list[Any] = field(default_factory=list)
+    new_gradients: list[int] = field(default_factory=list)
+    without_gradient: list[int] = field(default_factory=list)
+    new_moments: list[NewMoment] = field(default_factory=list)
+    new_buffers: list[int] = field(default_factory=list)
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    policies: dict[int, Any] = field(default_factory=dict)
+
+
+def capture(
+    function: Callable[..., Any],
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    state: State,
+    dynamic: dict[int, set[int]],
+) -> Captured:
+    """Run ``function`` on its arguments (positional, keyword) without data.
+
+    ``dynamic`` gives, for tensors among the arguments by number, the dimensions whose sizes are symbols.
+    Raises :class:`StepError`.
+    """
+    return _Capture(function, arguments, state, dynamic).run()
+
+
+class _Capture:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        state: State,
+        dynamic: dict[int, set[int]],
+    ) -> None:
+        self.function, self.state = function, state
+        self.leaves, self.structure = tree_flatten(arguments)
+        self.tensors = [x for x in self.leaves if isinstance(x, Tensor)]
+        _refuse_inputs(state, self.tensors, self.leaves)
+        mode = compat.shape_tracing_mode()
+        real = program_inputs(state, self.tensors)
+        first = len(real) - len(self.tensors)
+        fakes = [compat.fake_of(mode, x, dynamic.get(i - first, set()), i) for i, x in enumerate(real)]
+        for fake, parameter in zip(fakes, state.parameters, strict=False):
+            fake.requires_grad_(parameter.requires_grad)
+        self.made = Captured(fakes, _names(state), mode, len(state.parameters), fakes[first:])
+        self.watch = Watch()
+        self.given: set[int] = set()
+
+    def run(self) -> Captured:
+        before = self.state.snapshot()
+        scheduled = [(s, copy.copy(vars(s))) for s in self.state.roots.schedulers]
+        try:
+            self.made.graph = compat.trace_step(self._traced, self.made.inputs, self.made.mode, self.watch)
+        except Exception as error:
+            _explain(error)
+            raise
+        self._refuse_changes(before, scheduled)
+        self._refuse_constants()
+        self.made.policies = self.watch.policies
+        return self.made
+
+    def _traced(self, *flat: Any) -> list[Any]:
+        state, given = self.state, iter(flat)
+        leaves = [next(given) for _ in state.parameters]
+        parameters = [captured_parameter(p, x) for p, x in zip(state.parameters, leaves, strict=True)]
+        for old, new in zip(state.parameters, parameters, strict=True):
+            if old.grad is not None:
+                new.grad = _as(old.grad, next(given))
+                self.given.add(id(new.grad))
+        buffers = [next(given) for _ in state.buffers]
+        moments = [_as(m.tensor, next(given)) for m in state.moments]
+        rates = [next(given) for _ in state.rates()]
+        tensors = [_as(x, next(given)) for x in self.tensors]
+        self.watch.owners = {id(x): p for x, p in zip(leaves, parameters, strict=True)}
+        with state.holding(parameters, buffers, moments, rates):
+            args, kwargs = self._arguments(tensors)
+            result = self.function(*args, **kwargs)
+            for leaf, parameter in zip(leaves, parameters, strict=True):
+                if leaf is not parameter and leaf.grad is not None:
+                    raise StepError("the step calls torch.autograd.backward; call loss.backward()")
+            made: list[Tensor] = []
+            known = {id(x): Result("buffer", i) for i, x in enumerate(buffers)}
+            known |= {id(x): Result("batch", i) for i, x in enumerate(tensors)}
+            self._results(result, parameters, known, made)
+            self._gradients(parameters, made)
+            self._moments(parameters, moments, made)
+            self._buffers(buffers, made)
+            self.made.settings = [hyperparameters(g) for g in state.groups]
+        return made
+
+    def _arguments(self, tensors: Sequence[Tensor]) -> Any:
+        left = iter(tensors)
+        leaves = [next(left) if isinstance(x, Tensor) else x for x in self.leaves]
+        leaves = [Later(x, self.made.calls, self.watch) if isinstance(x, Scheduler) else x for x in leaves]
+        return tree_unflatten(leaves, self.structure)
+
+    def _results(
+        self, result: Any, parameters: Sequence[Any], known: dict[int, Result], made: list[Tensor]
+    ) -> None:
+        known |= {id(p): Result("parameter", i) for i, p in enumerate(parameters)}
+        known |= {id(p.grad): Result("gradient", i) for i, p in enumerate(parameters) if p.grad is not None}
+        leaves, self.made.structure = tree_flatten(result)
+        for leaf in leaves:
+            found = known.get(id(leaf))
+            if found is None and isinstance(leaf, Tensor):
+                found = Result("tensor")
+                made.append(self._output(leaf))
+            elif found is None:
+                _refuse_result(leaf)
+                found = Result("constant", leaf)
+            self.made.results.append(found)
+
+    def _gradients(self, parameters: Sequence[Any], made: list[Tensor]) -> None:
+        for i, parameter in enumerate(parameters):
+            if parameter.grad is None:
+                self.made.without_gradient.append(i)
+            elif id(parameter.grad) not in self.given:
+                self.made.new_gradients.append(i)
+                made.append(self._output(parameter.grad))
+
+    def _moments(self, parameters: Sequence[Any], moments: Sequence[Any], made: list[Tensor]) -> None:
+        number = {id(p): i for i, p in enumerate(parameters)}
+        known = set(map(id, moments))
+        for o, optimizer in enumerate(self.state.roots.optimizers):
+            for parameter, values in optimizer.state.items():
+                for key, value in values.items():
+                    if isinstance(value, Tensor) and id(value) not in known:
+                        self.made.new_moments.append(NewMoment(o, number[id(parameter)], key))
+                        made.append(self._output(value))
+
+    def _buffers(self, buffers: Sequence[Any], made: list[Tensor]) -> None:
+        for i, (places, buffer) in enumerate(zip(self.state.buffer_places, buffers, strict=True)):
+            holder, key = places[0]
+            if holder[key] is not buffer:
+                self.made.new_buffers.append(i)
+                made.append(self._output(holder[key]))
+
+    def _output(self, value: Tensor) -> Tensor:
+        self.made.specs.append(compat.specification(value) if isinstance(value, DTensor) else None)
+        return local_part(value)
+
+    # --- what could not be done again ---------------------------------------------------------------
+
+    def _refuse_changes(self, before: Any, scheduled: list[tuple[Any, dict[str, Any]]]) -> None:
+        changed = changed_attribute(before)
+        if changed is not None:
+            raise StepError(
+                f"the step changes '{changed[1]}', a Python value of a {type(changed[0]).__name__}. A "
+                "captured step runs its Python only once. Keep what changes in a buffer (register_buffer), "
+                "or change it outside of the step."
+            )
+        for scheduler, values in scheduled:
+            plain = {k: v for k, v in values.items() if isinstance(v, (int, float, list))}
+            if any(vars(scheduler).get(k) != v for k, v in plain.items()):
+                vars(scheduler).update(values)
+                raise StepError(
+                    f"the step calls a {type(scheduler).__name__} that is not one of its arguments. Pass it "
+                    "to the step, which then calls it after each run; or call it after the step."
+                )
+
+    def _refuse_constants(self) -> None:
+        """A tensor with a gradient that is no input: a parameter of a model that the step was not given."""
+        graph = self.made.graph
+        for node in graph.graph.find_nodes(op="get_attr"):
+            value = getattr(graph, node.target, None)  # type: ignore[arg-type]
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise StepError(
+                    f"the step uses a parameter of shape {tuple(value.shape)} of a model that it is not "
+                    f"given ({_where(node)}). Pass the model to the step."
+                )
+
+
+def program_inputs(state: State, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What a program takes: see the module's text for the order."""
+    return [
+        *map(local_part, state.parameters),
+        *map(local_part, state.gradients()),
+        *state.buffers,
+        *(local_part(m.tensor) for m in state.moments),
+        *(torch.tensor(r) for r in state.rates()),
+        *map(local_part, tensors),
+    ]
+
+
+def _names(state: State) -> dict[int, str]:
+    held = [n for n, p in zip(state.names, state.parameters, strict=True) if p.grad is not None]
+    names = [*state.names, *(f"{n}.grad" for n in held), *[""] * len(state.buffers)]
+    names += [f"{state.names[m.parameter]}.{m.key}" for m in state.moments]
+    return {i: n for i, n in enumerate(names) if n}
+
+
+def _as(real: Tensor, fake: Tensor) -> Tensor:
+    """``fake``, this rank's part, as the kind of tensor that ``real`` is."""
+    return compat.dtensor_of(fake, compat.specification(real), False) if isinstance(real, DTensor) else fake
+
+
+# --- while the step runs ---------------------------------------------------------------------------
+
+
+class Watch(TorchFunctionMode):
+    """Sees every call of torch that the step makes.
+
+    ``owners`` maps the id of a leaf (what the program differentiates for) to its parameter; ``policies`` are
+    those of selective checkpoints, by number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owners: dict[int, Any] = {}
+        self.policies: dict[int, Any] = {}
+        self.regions: dict[int, tuple[int, Any]] = {}
+        self.rescheduled = False
+        self.seen: Node | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            self.backward(*args, **kwargs)
+            result = None
+        elif func in _REFUSED:
+            raise StepError(f"{_REFUSED[func]}: {line_of_user()}")
+        elif any(isinstance(x, DTensor) for x in tree_leaves((args, kwargs))):
+            with compat.recording_below_autograd():
+                result = func(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
+        self._describe()
+        return result
+
+    def backward(
+        self, loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:  # fmt: skip
+        """Write ``gradients`` down, and add what it gives to the parameters' gradients, as autograd would."""
+        if create_graph or gradient is not None or inputs is not None or loss.numel() != 1:
+            raise StepError(
+                f"backward is called with arguments or on a tensor of shape {tuple(loss.shape)}: "
+                f"{line_of_user()}. A step differentiates numbers: loss.backward()."
+            )
+        leaves = self._leaves(loss)
+        with torch.no_grad():
+            for leaf, found in zip(leaves, gradients(loss, leaves), strict=True):
+                owner = self.owners.get(id(leaf), leaf)
+                with compat.recording_below_autograd():
+                    found = _as(owner, found)
+                    if owner.grad is None:
+                        owner.grad = found
+                    else:
+                        owner.grad.add_(found)
+
+    def _leaves(self, loss: Tensor) -> list[Tensor]:
+        """What the loss depends on and gradients are kept for; parameters first, in their order."""
+        if loss.grad_fn is None:
+            raise StepError(f"backward is called on a tensor that depends on no parameter: {line_of_user()}")
+        found: dict[int, Tensor] = {}
+        seen: set[Any] = set()
+        frontier: list[Any] = [loss.grad_fn]
+        while frontier:
+            node = frontier.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if compat.is_python_gradient(node):
+                raise StepError(
+                    f"the loss goes through {type(node).__name__}, a torch.autograd.Function (a module's "
+                    "backward hook is one too): its backward is Python that a captured step does not run. "
+                    "Write it in operators that autograd knows, or as a torch.library.custom_op."
+                )
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                found[id(variable)] = variable
+            frontier += [n for n, _ in node.next_functions]
+        order = {leaf: i for i, leaf in enumerate(self.owners)}
+        return sorted(found.values(), key=lambda x: order.get(id(x), len(order)))
+
+    def _describe(self) -> None:
+        """Tell the nodes just written down which line and which checkpoint they come from."""
+        graph = compat.recorded_graph()
+        if graph is None:
+            return
+        fresh = []
+        for node in reversed(graph.nodes):
+            if node is self.seen:
+                break
+            fresh.append(node)
+        if not fresh:
+            return
+        self.seen = fresh[0]
+        tags = self._tags()
+        trace = stack_of_user()
+        for node in fresh:
+            node.meta |= tags
+            node.meta.setdefault("stack_trace", trace)
+
+    def _tags(self) -> dict[str, Any]:
+        region, policy = compat.checkpoint_running()
+        if region is None:
+            return {}
+        number, _ = self.regions.setdefault(id(region), (len(self.regions) + 1, region))
+        if policy is not None:
+            self.policies[number] = policy
+        return compat.checkpoint_tags(number)
+
+
+_REFUSED = {
+    torch.autograd.grad: "the step calls torch.autograd.grad, whose results may be differentiated again",
+    Tensor.register_hook: "the step registers a hook on a value, which would run only while it is captured",
+    Tensor.retain_grad: "the step retains the gradient of a value that is no parameter",
+    Tensor.__repr__: "the step prints a tensor, which has no value while it is captured; return it instead",
+}
+
+
+class Later:
+    """Stands for a scheduler among a step's arguments: its ``step`` is called after each run."""
+
+    def __init__(self, scheduler: Any, calls: list[Call], watch: Watch) -> None:
+        self._scheduler, self._calls, self._watch = scheduler, calls, watch
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        if any(isinstance(x, Tensor) for x in tree_leaves((args, kwargs))):
+            raise StepError(
+                f"{type(self._scheduler).__name__}.step is given a tensor, whose value it needs: "
+                f"{line_of_user()}. Return it from the step and call the scheduler then."
+            )
+        self._watch.rescheduled = True
+        self._calls.append(Call(self._scheduler, args, kwargs))
+
+    def get_last_lr(self) -> list[Any]:
+        return [g["lr"] for g in self._scheduler.optimizer.param_groups]
+
+    def __getattr__(self, name: str) -> Any:
+        raise StepError(
+            f"the step reads '{name}' of a {type(self._scheduler).__name__}, which changes from step to "
+            f"step: {line_of_user()}. Inside of a step only step() and get_last_lr() can be used."
+        )
+
+
+# --- where the user's program is -------------------------------------------------------------------
+
+
+def stack_of_user() -> str:
+    """The innermost lines of the program being captured that are neither torch's nor ours."""
+    return _formatted([f for f in compat.python_frames() if _is_users(f.f_code.co_filename)][-_FRAMES:])
+
+
+def line_of_user() -> str:
+    lines = [x.strip() for x in stack_of_user().splitlines() if x.strip().startswith("File")]
+    return lines[-1] if lines else "source line unknown"
+
+
+def _is_users(filename: str) -> bool:
+    return not filename.startswith((*_NOT_THE_USERS, "<"))
+
+
+def _formatted(frames: Sequence[Any]) -> str:
+    lines = [(f, f.f_lineno) for f in frames]
+    return "".join(traceback.format_list(traceback.StackSummary.extract(iter(lines))))
+
+
+def _where(node: Node) -> str:
+    lines = [x.strip() for x in node.meta.get("stack_trace", "").splitlines() if x.strip().startswith("File")]
+    return lines[-1] if lines else "source line unknown"
+
+
+def _explain(error: Exception) -> None:
+    """Raise :class:`StepError` in the place of an error that comes of there being no data."""
+    if isinstance(error, StepError) or not compat.needs_data(error):
+        return
+    frames = traceback.walk_tb(error.__traceback__)
+    places = [(f, n) for f, n in frames if _is_users(f.f_code.co_filename)]
+    lines = traceback.format_list(traceback.StackSummary.extract(iter(places[-1:])))
+    place = lines[0].strip().splitlines()[0] if lines else "source line unknown"
+    raise StepError(
+        f"the step needs the value of a tensor: {place}. It is captured once, without data, so it cannot "
+        "branch on a tensor, take a number out of one or print one. Use torch.where, return the tensor and "
+        "look at it after the step, or leave this part out of the function."
+    ) from error
+
+
+def _refuse_inputs(state: State, tensors: Sequence[Tensor], leaves: Sequence[Any]) -> None:
+    for tensor in tensors:
+        if tensor.requires_grad and not any(tensor is p for p in state.parameters):
+            raise StepError(
+                f"an argument of shape {tuple(tensor.shape)} requires a gradient; a step gives gradients to "
+                "parameters. Pass it detached, or make it a parameter."
+            )
+    for leaf in leaves:
+        if isinstance(leaf, torch.amp.GradScaler):
+            raise StepError(
+                "a GradScaler looks at gradients to decide whether to step, which a captured step cannot. "
+                'Train in bfloat16, which needs none: precision="bf16" in the plan, or torch.autocast.'
+            )
+    for name, parameter in zip(state.names, state.parameters, strict=True):
+        if compat.has_gradient_hooks(parameter):
+            raise StepError(f"'{name}' has a gradient hook, which a captured step would not run; remove it.")
+
+
+def _refuse_result(leaf: Any) -> None:
+    inside = tree_leaves(dict(vars(leaf))) if hasattr(leaf, "__dict__") else []
+    if any(isinstance(x, Tensor) for x in inside) and not isinstance(leaf, torch.nn.Module):
+        raise StepError(
+            f"the step returns a {type(leaf).__name__} that holds tensors. Return tensors, numbers, and "
+            "lists, tuples or dictionaries of them."
+        )

@@ -1,0 +1,308 @@
+"""What a training step reads and writes beside its batch.
+
+A *step* is a Python function of models, optimizers and a batch. Its *state* is every tensor that it reaches
+through them:
+
+    parameter   of a model, or of an optimizer alone; each object once, however often it is used
+    gradient    ``parameter.grad``, where there is one
+    buffer      of a model
+    moment      ``optimizer.state[parameter][key]``
+    rate        a parameter group's ``lr``: a number, which a program takes as a tensor
+
+A *place* is a dictionary and a key: where such a tensor is kept, and where another is put to take its part
+(:meth:`State.holding`). Everything else that a step can see of its models and optimizers is Python:
+a program is made for its values (:meth:`State.constants`) and runs only while they are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from autodist.runtime.compat import tree_leaves, tree_map
+from autodist.runtime.parameters import containers, parameter_name
+
+Scheduler = (LRScheduler, ReduceLROnPlateau)
+Place = tuple[dict[Any, Any], Any]
+_PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
+_MANY = 64
+
+
+@dataclass(frozen=True)
+class Roots:
+    """The objects with state that a step can reach."""
+
+    modules: tuple[nn.Module, ...]
+    optimizers: tuple[Optimizer, ...]
+    schedulers: tuple[Any, ...]
+
+
+def roots_of(function: Callable[..., Any], arguments: Sequence[Any]) -> Roots:
+    """Models, optimizers and schedulers among ``arguments``, and those that ``function`` names itself."""
+    found = [*arguments, *named_objects(function).values()]
+    leaves = [leaf for value in found for leaf in tree_leaves(value)]
+
+    def those(kind: Any) -> tuple[Any, ...]:
+        return tuple({id(x): x for x in leaves if isinstance(x, kind)}.values())
+
+    return Roots(those(nn.Module), those(Optimizer), those(Scheduler))
+
+
+def named_objects(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a function takes from around it: its ``self``, closure, defaults and the globals it names."""
+    plain = getattr(function, "__func__", function)
+    code = getattr(plain, "__code__", None)
+    if code is None:
+        return {}
+    cells = zip(code.co_freevars, plain.__closure__ or (), strict=True)
+    found = {name: cell.cell_contents for name, cell in cells if _filled(cell)}
+    found |= {n: plain.__globals__[n] for n in code.co_names if n in plain.__globals__}
+    found |= dict(plain.__kwdefaults__ or {})
+    owner = getattr(function, "__self__", None)
+    if owner is not None:
+        found |= {"self": owner} | vars(owner) if hasattr(owner, "__dict__") else {"self": owner}
+    return found
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # a name that has no value yet
+        return False
+
+
+@dataclass(frozen=True)
+class Moment:
+    """``optimizer.state[parameter][key]``, of the optimizer and parameter with these numbers."""
+
+    optimizer: int
+    parameter: int
+    key: Any
+    tensor: Tensor
+
+
+@dataclass
+class State:
+    """The tensors reached from ``roots``. See the module's text for the terms."""
+
+    roots: Roots
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    places: list[list[Place]] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
+    buffer_places: list[list[Place]] = field(default_factory=list)
+    held: list[Place] = field(default_factory=list)
+    moments: list[Moment] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, roots: Roots) -> State:
+        state = cls(roots)
+        state._find_tensors()
+        state.find_moments()
+        return state
+
+    def _find_tensors(self) -> None:
+        seen: dict[int, int] = {}
+        buffers: dict[int, int] = {}
+        for root in self.roots.modules:
+            for prefix, module in root.named_modules():
+                for key, parameter in module._parameters.items():
+                    if parameter is not None:
+                        self._add(parameter, seen, (module._parameters, key), prefix, key)
+                for key, buffer in module._buffers.items():
+                    if buffer is not None:
+                        if id(buffer) not in buffers:
+                            buffers[id(buffer)] = len(self.buffers)
+                            self.buffers.append(buffer)
+                            self.buffer_places.append([])
+                        self.buffer_places[buffers[id(buffer)]].append((module._buffers, key))
+                self.held += [(vars(module), name) for name in containers(module)]
+        for optimizer in self.roots.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    self._add(parameter, seen, None, "", f"parameter {len(self.parameters)}")
+        self.index = seen
+
+    def _add(
+        self, parameter: nn.Parameter, seen: dict[int, int], place: Place | None, prefix: str, key: str
+    ) -> None:
+        if id(parameter) not in seen:
+            seen[id(parameter)] = len(self.parameters)
+            self.parameters.append(parameter)
+            self.places.append([])
+            self.names.append(parameter_name(parameter) or (f"{prefix}.{key}" if prefix else key))
+        if place is not None:
+            self.places[seen[id(parameter)]].append(place)
+
+    def find_moments(self) -> None:
+        self.moments = [
+            Moment(o, self.index[id(parameter)], key, value)
+            for o, optimizer in enumerate(self.roots.optimizers)
+            for parameter, values in optimizer.state.items()
+            if id(parameter) in self.index
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        ]
+
+    # --- whether it is still so -------------------------------------------------------------------
+
+    def stands(self) -> bool:
+        """Whether the state's tensors are where they were found."""
+        for tensor, places in zip(self.parameters, self.places, strict=True):
+            for holder, key in places:
+                if holder.get(key) is not tensor:
+                    return False
+        for tensor, places in zip(self.buffers, self.buffer_places, strict=True):
+            for holder, key in places:
+                if holder.get(key) is not tensor:
+                    return False
+        stored = [o.state for o in self.roots.optimizers]
+        for m in self.moments:
+            if stored[m.optimizer].get(self.parameters[m.parameter], _NOTHING).get(m.key) is not m.tensor:
+                return False
+        return True
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        return [g for o in self.roots.optimizers for g in o.param_groups]
+
+    def rates(self) -> list[float]:
+        """The learning rates that are numbers, group by group."""
+        return [g["lr"] for g in self.groups if lifts(g)]
+
+    @functools.cached_property
+    def _readers(self) -> list[tuple[dict[str, Any], Callable[[Any], Any]]]:
+        """For each module, what takes its plain attributes all at once."""
+        readers: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
+        for module in dict.fromkeys(m for root in self.roots.modules for m in root.modules()):
+            names = [k for k, v in vars(module).items() if k not in _REGISTRIES and _is_plain(v)]
+            readers.append((vars(module), operator.itemgetter(*names)))
+        return readers
+
+    def attributes(self) -> list[Any]:
+        """Values of the plain attributes of modules, ``training`` among them."""
+        return [read(values) for values, read in self._readers]
+
+    def snapshot(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """Each module's attributes, to be compared later: plain ones as copies."""
+        modules = dict.fromkeys(m for root in self.roots.modules for m in root.modules())
+        return [(m, {k: _copied(v) for k, v in _own(m).items()}) for m in modules]
+
+    def constants(self) -> list[Any]:
+        """All that a program takes as constant: compared with ``==`` before each run."""
+        return [
+            [(p.grad is None, p.requires_grad) for p in self.parameters],
+            self.attributes(),
+            [hyperparameters(g) for g in self.groups],
+            [(m.parameter, m.key) for m in self.moments],
+        ]
+
+    # --- tensors ----------------------------------------------------------------------------------
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients there are, in the order of the parameters."""
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    @contextlib.contextmanager
+    def holding(
+        self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], moments: Sequence[Tensor],
+        rates: Sequence[Tensor],
+    ) -> Iterator[None]:  # fmt: skip
+        """With other tensors in all places, and optimizers told that they are being compiled."""
+        other = {id(old): new for old, new in zip(self.parameters, parameters, strict=True)}
+        saved = [(o.state, [dict(g) for g in o.param_groups]) for o in self.roots.optimizers]
+        attributes = [(h, k, h[k]) for h, k in self.held]
+        try:
+            _put(self.places, parameters)
+            _put(self.buffer_places, buffers)
+            for holder, key, value in attributes:
+                holder[key] = tree_map(lambda leaf: other.get(id(leaf), leaf), value)
+            for optimizer in self.roots.optimizers:
+                optimizer.state = defaultdict(
+                    dict, {other[id(p)]: dict(v) for p, v in optimizer.state.items() if id(p) in other}
+                )
+            for moment, tensor in zip(self.moments, moments, strict=True):
+                owner = self.roots.optimizers[moment.optimizer]
+                owner.state[parameters[moment.parameter]][moment.key] = tensor
+            left = iter(rates)
+            for group in self.groups:
+                group["params"] = [other[id(p)] for p in group["params"]]
+                if lifts(group):
+                    group["lr"] = next(left)
+                group.update({k: v for k, v in _CAPTURED.items() if k in group})
+            yield
+        finally:
+            _put(self.places, self.parameters)
+            _put(self.buffer_places, self.buffers)
+            for holder, key, value in attributes:
+                holder[key] = value
+            for optimizer, (state, groups) in zip(self.roots.optimizers, saved, strict=True):
+                optimizer.state = state
+                for group, old in zip(optimizer.param_groups, groups, strict=True):
+                    group.clear()
+                    group.update(old)
+
+
+# How an optimizer is run while it is captured: what it does to each parameter is the same, written in
+# operators on tensors; which kernels do it is the compiler's business.
+_CAPTURED = {"capturable": True, "foreach": True, "fused": None}
+_NOTHING: Mapping[Any, Any] = {}
+_REGISTRIES = set(nn.Module.__annotations__) - {"training"}
+
+
+def lifts(group: Mapping[str, Any]) -> bool:
+    """Whether a group's learning rate is a number that may change from step to step."""
+    return isinstance(group.get("lr"), float)
+
+
+def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's settings, but for the learning rate."""
+    return {k: v for k, v in group.items() if k != "params" and not (k == "lr" and lifts(group))}
+
+
+def _put(places: Sequence[Sequence[Place]], tensors: Sequence[Tensor]) -> None:
+    for holders, tensor in zip(places, tensors, strict=True):
+        for holder, key in holders:
+            holder[key] = tensor
+
+
+def changed_attribute(before: Sequence[tuple[nn.Module, dict[str, Any]]]) -> tuple[nn.Module, str] | None:
+    """An attribute that is not what :meth:`State.snapshot` found; all of them are put back."""
+    found = None
+    for module, values in before:
+        now = _own(module)
+        for key in now.keys() | values.keys():
+            old, new = values.get(key, _NOTHING), now.get(key, _NOTHING)
+            same = old == new if _is_plain(old) and _is_plain(new) else old is new
+            if not same:
+                found = module, key
+                vars(module).pop(key, None)
+                vars(module).update({key: old} if key in values else {})
+    return found
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if k not in _REGISTRIES}
+
+
+def _copied(value: Any) -> Any:
+    return copy.deepcopy(value) if _is_plain(value) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return len(value) <= _MANY and all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return len(value) <= _MANY and all(_is_plain(v) for v in value.values())
+    return isinstance(value, _PLAIN)

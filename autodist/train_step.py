@@ -1,0 +1,264 @@
+"""Door 2: ``@autodist.train_step``, a training step as one program.
+
+    @autodist.train_step
+    def step(model, optimizer, batch):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+The function's first call shards the models among its arguments; then forward, backward, clipping and
+optimizer are captured (:mod:`autodist.step_capture`), transformed and compiled (:mod:`autodist.compiler`) as
+one graph. A *program* is what comes of it. It holds for the Python values that it was made for: settings of
+optimizers, plain attributes of modules, which parameters have gradients, arguments that are no tensors.
+Called with others, the function makes another program. Learning rates and tensors are given anew to each run;
+a tensor whose sizes change is given symbols in their place.
+
+State that an optimizer makes in its first step is found after that step is captured. The program that makes
+it runs once, so it is not lowered to kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, overload
+
+import torch
+from torch import Tensor
+
+from autodist.compiler import compile_step
+from autodist.job import Job, num_ranks, start_job
+from autodist.logs import log
+from autodist.plan import Plan, PlanLike
+from autodist.prepare import prepare, prepared_job, repoint
+from autodist.runtime import compat
+from autodist.runtime.compat import tree_flatten, tree_leaves, tree_unflatten
+from autodist.runtime.outputs import SameBatch
+from autodist.step_capture import Captured, Result, capture, program_inputs
+from autodist.step_state import State, roots_of
+from autodist.verify_step import StepReport, verify_step
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_MANY_PROGRAMS = 8
+
+
+@overload
+def train_step(function: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def train_step(*, plan: PlanLike = None) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def train_step(function: Any = None, /, *, plan: PlanLike = None) -> Any:
+    """Make one sharded, compiled program of a training step; a decorator, with or without ``plan``.
+
+    The function takes models, optimizers, schedulers and a batch, in any order, nested or not, and uses them
+    as in eager PyTorch; it returns tensors (detached), numbers, or containers of them. ``plan`` is a
+    :class:`Plan`, a dict of its fields, a path to its JSON, or None. The function as it was written is
+    ``step.function``.
+
+    Raises :class:`~autodist.step_capture.StepError` for a function that cannot be captured, and what
+    :func:`autodist.prepare` raises.
+    """
+    if function is None:
+        return functools.partial(train_step, plan=plan)
+    return functools.wraps(function)(TrainStep(function, plan))
+
+
+class TrainStep:
+    """A decorated training step. ``function`` is the undecorated one, ``programs`` what was made of it."""
+
+    def __init__(self, function: Callable[..., Any], plan: PlanLike) -> None:
+        self.function, self.plan = function, Plan.make(plan)
+        self.job: Job | None = None
+        self.programs: list[Program] = []
+        self._state: State | None = None
+        self._arguments: list[Any] = []
+        self._sizes: dict[int, list[set[int]]] = {}
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        others = [None if isinstance(x, Tensor) else x for x in leaves]
+        state = self._current_state(others)
+        key = _Key(structure, others, [_kind(x) for x in tensors], state.constants())
+        for program in self.programs:
+            if program.holds(key, tensors):
+                return program.run(state, tensors)
+        self._prepare(state)
+        state = self._current_state(others, fresh=True)
+        key = _Key(structure, others, [_kind(x) for x in tensors], state.constants())
+        program = self._make(key, (args, kwargs), state, tensors)
+        return program.run(state, tensors)
+
+    def verify(self, *args: Any, tolerance: float = 1e-4, **kwargs: Any) -> StepReport:
+        """Run the step on these arguments, and the function as it was written, and compare what they do.
+
+        Everything is left as it was. Where a dropout draws other numbers than one process would (``sp``), put
+        the model into evaluation mode first.
+        """
+        self._prepare(State.of(roots_of(self.function, tree_leaves((args, kwargs)))))
+        report = verify_step(self, self.function, (args, kwargs), tolerance)
+        log.info("%s: %s", self.function.__name__, report)
+        return report
+
+    def _current_state(self, others: list[Any], fresh: bool = False) -> State:
+        same = len(others) == len(self._arguments) and all(
+            a is b for a, b in zip(others, self._arguments, strict=True)
+        )
+        if fresh or not same or self._state is None or not self._state.stands():
+            self._state = State.of(roots_of(self.function, others))
+            self._arguments = others
+        return self._state
+
+    def _prepare(self, state: State) -> None:
+        """Shard the models, at the first call."""
+        for optimizer in state.roots.optimizers:
+            repoint(optimizer)
+        for module in state.roots.modules:
+            if self.job is None or num_ranks() > 1:
+                prepare(module, self.plan)
+            self.job = self.job or prepared_job(module)
+        for optimizer in state.roots.optimizers:
+            repoint(optimizer)
+        if self.job is None:
+            device = next((p.device for p in state.parameters), torch.device("cpu"))
+            self.job = start_job(dataclasses.replace(self.plan, dp=None, sp=1), device, alone=True)
+
+    def _make(
+        self, key: _Key, arguments: tuple[tuple[Any, ...], dict[str, Any]], state: State,
+        tensors: Sequence[Tensor],
+    ) -> Program:  # fmt: skip
+        assert self.job is not None
+        dynamic = self._changing(tensors)
+        captured = capture(self.function, arguments, state, dynamic)
+        key.constants = copy.deepcopy(key.constants)
+        compiled = compile_step(captured, self.job, kernels=not captured.new_moments)
+        program = Program(key, captured, compiled, self.job)
+        if not captured.new_moments:
+            self.programs.append(program)
+        if len(self.programs) == _MANY_PROGRAMS:
+            log.warning(
+                "%d programs have been made of %s, one for each combination of its Python values; pass what "
+                "changes from call to call as a tensor", _MANY_PROGRAMS, self.function.__name__,
+            )  # fmt: skip
+        return program
+
+    def _changing(self, tensors: Sequence[Tensor]) -> dict[int, set[int]]:
+        """Dimensions whose sizes have been seen to change, for each tensor by number."""
+        found: dict[int, set[int]] = {}
+        for i, x in enumerate(tensors):
+            seen = self._sizes.setdefault(i, [])
+            seen.extend(set() for _ in range(x.dim() - len(seen)))
+            for dim, size in enumerate(x.shape):
+                seen[dim].add(size)
+            found[i] = {d for d in range(x.dim()) if len(seen[d]) > 1 and x.shape[d] > 1}
+        return {i: dims for i, dims in found.items() if dims}
+
+
+@dataclasses.dataclass
+class _Key:
+    """What a program was made for: arguments, and :meth:`State.constants`."""
+
+    structure: Any
+    others: list[Any]
+    kinds: list[Any]
+    constants: list[Any]
+
+    def same(self, other: _Key) -> bool:
+        return (
+            self.kinds == other.kinds
+            and self.structure == other.structure
+            and all(a is b or _equal(a, b) for a, b in zip(self.others, other.others, strict=True))
+            and self.constants == other.constants
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    plain = (int, float, bool, str, bytes, complex)
+    return type(a) is type(b) and isinstance(a, plain) and bool(a == b)
+
+
+def _kind(x: Tensor) -> Any:
+    return (x.dtype, x.device, x.dim(), type(x))
+
+
+class Program:
+    """A captured and compiled step."""
+
+    def __init__(
+        self, key: _Key, captured: Captured, compiled: Callable[..., Sequence[Any]], job: Job
+    ) -> None:
+        self.key, self.captured, self.compiled = key, captured, compiled
+        self.fits = compat.size_check(captured.mode, captured.batch)
+        self.sizes: dict[Any, bool] = {}
+        self.inputs: list[Tensor] | None = None
+        self.state: State | None = None
+        sequence = job.sequence
+        self.batch = None if sequence is None else SameBatch(sequence, job.device)
+
+    def holds(self, key: _Key, tensors: Sequence[Tensor]) -> bool:
+        """Whether this program is the step for these arguments and this state."""
+        if not self.key.same(key):
+            return False
+        shapes = tuple(x.shape for x in tensors)
+        if shapes not in self.sizes:
+            self.sizes[shapes] = self.fits([compat.local_part(x) for x in tensors])
+        return self.sizes[shapes]
+
+    def run(self, state: State, tensors: Sequence[Tensor]) -> Any:
+        if self.batch is not None:
+            self.batch.check(tensors)
+        with torch.no_grad():
+            outputs = iter(self.compiled(*program_inputs(state, tensors)))
+        return self._finish(state, tensors, outputs)
+
+    def _finish(self, state: State, tensors: Sequence[Tensor], outputs: Any) -> Any:
+        """Put what the program has made where the step would have put it."""
+        captured, specs = self.captured, iter(self.captured.specs)
+
+        def made() -> Tensor:
+            value, spec = next(outputs), next(specs)
+            return value if spec is None else compat.dtensor_of(value, spec, False)
+
+        results: list[Any] = []
+        for result in captured.results:
+            results.append(made() if result.kind == "tensor" else result)
+        for i in captured.new_gradients:
+            state.parameters[i].grad = made()
+        for i in captured.without_gradient:
+            state.parameters[i].grad = None
+        for moment in captured.new_moments:
+            owner = state.roots.optimizers[moment.optimizer].state
+            owner[state.parameters[moment.parameter]][moment.key] = made()
+        for i in captured.new_buffers:
+            value = made()
+            for holder, key in state.buffer_places[i]:
+                holder[key] = value
+        for call in captured.calls:
+            call.scheduler.step(*call.args, **call.kwargs)
+        return tree_unflatten([_known(r, state, tensors) for r in results], captured.structure)
+
+
+def _known(result: Any, state: State, tensors: Sequence[Tensor]) -> Any:
+    if not isinstance(result, Result):
+        return result
+    if result.kind == "constant":
+        return result.what
+    if result.kind == "gradient":
+        return state.parameters[result.what].grad
+    known: dict[str, Sequence[Any]] = {
+        "parameter": state.parameters,
+        "buffer": state.buffers,
+        "batch": tensors,
+    }
+    return known[result.kind][result.what]
+
+
+__all__ = ["TrainStep", "train_step"]

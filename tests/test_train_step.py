@@ -1,0 +1,646 @@
+"""A captured training step does what the same function does on one process, undecorated.
+
+Losses to 1e-5 and parameters to 1e-4, relative, in fp32. Ranks get different batches; the reference is the
+mean over them. The eager lowering runs the same passes as Inductor, which is tested once.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import autodist
+from autodist.runtime.outputs import WithheldOutput
+from tests.models import CASES
+from tests.parity import full
+from tests.ranks import run_ranks
+from tests.sequence import fresh
+from tests.test_training import refusal
+
+EAGER: dict[str, Any] = {"lowering": "eager"}
+Batch = dict[str, Any]
+
+
+class Net(nn.Module):
+    """A small convnet: batch norms, their buffers, and odd sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 5, 3, padding=1, bias=False)  # before a norm its gradient is noise
+        self.norm = nn.BatchNorm2d(5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(F.gelu(self.norm(self.conv(x))).mean((2, 3))), y)
+
+
+def net_batch(g: torch.Generator) -> Batch:
+    return {"x": torch.randn(6, 2, 4, 4, generator=g), "y": torch.randint(0, 3, (6,), generator=g)}
+
+
+class Mlp(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(7, 9), nn.Linear(9, 7, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def body(self, x: Tensor) -> Tensor:
+        return x + self.down(self.dropout(F.gelu(self.up(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.mse_loss(self.body(self.body(x)), x.flip(-1))
+
+
+def mlp_batch(g: torch.Generator, rows: int = 5) -> Batch:
+    return {"x": torch.randn(rows, 7, generator=g)}
+
+
+Maker = tuple[Callable[[], nn.Module], Callable[..., Batch]]
+MODELS: dict[str, Maker] = {
+    "net": (Net, net_batch),
+    "mlp": (Mlp, mlp_batch),
+    "llama": (CASES["llama"].build, CASES["llama"].batch),
+}
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(**batch)
+    return output if isinstance(output, Tensor) else output.loss  # type: ignore[no-any-return]
+
+
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    loss = loss_of(model, batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def clipped(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> tuple[Tensor, Tensor]:
+    loss = loss_of(model, batch)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach(), norm
+
+
+Optimizer = Callable[[Any], torch.optim.Optimizer]
+
+
+def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, **options)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "AdamW": adamw,
+    "Adam amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+    "AdamW fused": lambda p: adamw(p, fused=True),
+    "AdamW one by one": lambda p: adamw(p, foreach=False),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, momentum=0.5, centered=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-2),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=1e-2),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=1e-2),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=1e-2),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=1e-2),
+}
+
+
+def train(
+    model_name: str, make: Optimizer, function: Callable[..., Any], options: dict[str, Any], steps: int = 10
+) -> tuple[nn.Module, Any]:
+    """Train captured and on one process, side by side; the model and the captured step."""
+    fresh()
+    build, batch_of = MODELS[model_name]
+    model = build().train()
+    reference = copy.deepcopy(model)
+    autodist.prepare(model, options)
+    optimizer, reference_optimizer = make(model.parameters()), make(reference.parameters())
+    step = autodist.train_step(plan=options)(function)
+    sp = options.get("sp", 1)
+    groups, group = dist.get_world_size() // sp, dist.get_rank() // sp
+    for number in range(steps):
+        batches = [batch_of(torch.Generator().manual_seed(100 * number + g)) for g in range(groups)]
+        losses = reference_step(reference, reference_optimizer, batches, function)
+        found = step(model, optimizer, batches[group])
+        loss = found[0] if isinstance(found, tuple) else found
+        assert abs(loss.item() - losses[group]) <= 1e-5 * abs(losses[group]), (number, loss, losses)
+    check(model, reference, buffers=groups == 1)
+    return model, step
+
+
+def reference_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], function: Callable[..., Any]
+) -> list[float]:
+    """One step on the mean of the batches' losses."""
+    losses = []
+    for batch in batches:
+        buffers = {n: b.clone() for n, b in model.named_buffers()}
+        loss = loss_of(model, batch)
+        (loss / len(batches)).backward()
+        losses.append(loss.item())
+        if batch is not batches[-1]:
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+    if function is clipped:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses
+
+
+def check(model: nn.Module, reference: nn.Module, tolerance: float = 1e-4, buffers: bool = True) -> None:
+    wanted = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        found = full(parameter.detach())
+        error = (found - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-3)
+        assert error < tolerance, f"parameter {name}: {error}"
+    for name, buffer in model.named_buffers() if buffers else ():
+        expected = dict(reference.named_buffers())[name]
+        assert torch.allclose(buffer.double(), expected.double(), rtol=1e-4, atol=1e-6), f"buffer {name}"
+
+
+# --- optimizers ------------------------------------------------------------------------------------
+
+
+def optimizers(names: Sequence[str], model: str) -> None:
+    for name in names:
+        try:
+            _, step = train(model, OPTIMIZERS[name], plain, EAGER, steps=4)
+        except Exception as failure:
+            raise AssertionError(f"{name} on {model}") from failure
+        assert len(step.programs) == 1, name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_optimizers(ranks: int) -> None:
+    run_ranks(optimizers, ranks, list(OPTIMIZERS), "net")
+
+
+def ten_steps(name: str, options: dict[str, Any]) -> None:
+    train(name, adamw, clipped, options)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("model", ["net", "llama"])
+def test_ten_steps(model: str, ranks: int) -> None:
+    run_ranks(ten_steps, ranks, model, EAGER)
+
+
+def test_inductor() -> None:
+    run_ranks(ten_steps, 2, "llama", {})
+
+
+# --- what a step may do ----------------------------------------------------------------------------
+
+
+def side_by_side(
+    build: Callable[[], nn.Module],
+    make: Callable[[nn.Module], tuple[Any, ...]],
+    function: Callable[..., Any],
+    batches: Sequence[tuple[Any, ...]],
+    options: dict[str, Any] = EAGER,
+) -> tuple[Any, Any]:
+    """Run a step captured and as it is on the same batches; what both returned last."""
+    fresh()
+    model = build().train()
+    reference = copy.deepcopy(model)
+    autodist.prepare(model, options)
+    step = autodist.train_step(plan=options)(function)
+    mine, theirs = make(model), make(reference)
+    found = wanted = None
+    for number, batch in enumerate(batches):
+        torch.manual_seed(number)
+        found = step(model, *mine, *batch)
+        torch.manual_seed(number)
+        wanted = function(reference, *theirs, *batch)
+        for a, b in zip(compat_leaves(found), compat_leaves(wanted), strict=True):
+            if isinstance(a, Tensor):
+                torch.testing.assert_close(full(a.detach()), b.detach(), rtol=1e-4, atol=1e-5)
+            else:
+                assert a == b
+    check(model, reference)
+    return found, step
+
+
+def compat_leaves(value: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(value)
+
+
+def with_sgd(model: nn.Module) -> tuple[Any, ...]:
+    return (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),)
+
+
+def with_schedule(model: nn.Module) -> tuple[Any, ...]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (n + 1))
+
+
+def x_of(number: int, rows: int = 4) -> Tensor:
+    return torch.randn(rows, 7, generator=torch.Generator().manual_seed(number))
+
+
+def scheduled(model: nn.Module, optimizer: Any, scheduler: Any, x: Tensor) -> tuple[Tensor, list[Any]]:
+    loss = model(x)
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return loss.detach(), []
+
+
+def in_a_loop(model: nn.Module, optimizer: Any, parts: list[Tensor]) -> Tensor:
+    total = torch.zeros(())
+    for x in parts:
+        loss = model(x) / len(parts)
+        loss.backward()
+        total += loss.detach()
+    nn.utils.clip_grad_value_(model.parameters(), 0.05)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def by_flag(model: nn.Module, optimizer: Any, x: Tensor, last: bool) -> dict[str, Any]:
+    loss = model(x)
+    loss.backward()
+    if last:
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"loss": loss.detach(), "last": last}
+
+
+def with_average(model: nn.Module, optimizer: Any, average: list[Tensor], x: Tensor) -> Tensor:
+    loss = plain(model, optimizer, {"x": x})
+    with torch.no_grad():
+        for a, p in zip(average, model.parameters(), strict=True):
+            a.lerp_(p, 0.1)
+    return loss
+
+
+def checkpointed(model: Any, optimizer: Any, x: Tensor) -> Tensor:
+    y = checkpoint(model.body, checkpoint(model.body, x, use_reentrant=False), use_reentrant=False)
+    loss = F.mse_loss(y, x.flip(-1))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    return loss.detach()
+
+
+def in_groups(model: nn.Module) -> tuple[Any, ...]:
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups: list[Any] = [{"params": decayed, "weight_decay": 0.2}, {"params": others, "lr": 1e-3}]
+    return (torch.optim.AdamW(groups, lr=1e-2),)
+
+
+def two_losses(model: Any, optimizer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One step after another, and a metric computed when both are done."""
+    first = model(x)
+    first.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    y = model.body(x)
+    second = y.square().mean() + 0.1 * model.up.weight.square().sum()
+    second.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return first.detach(), second.detach(), (y > 0).float().mean()
+
+
+def averages(model: nn.Module) -> tuple[Any, ...]:
+    """An optimizer, and copies of the parameters."""
+    return *with_sgd(model), [p.detach().clone() for p in model.parameters()]
+
+
+def possibilities() -> None:
+    same = [(x_of(0),)] * 3
+    some = [(x_of(n),) for n in range(4)]
+    side_by_side(Mlp, with_schedule, scheduled, same)
+    side_by_side(Mlp, with_sgd, in_a_loop, [([x_of(n), x_of(n + 9)],) for n in range(3)])
+    flags = [(x_of(0), n % 3 == 2) for n in range(9)]
+    _, step = side_by_side(Mlp, with_sgd, by_flag, flags)
+    # Without gradients and with, before the optimizer has state and after; and the one that steps.
+    assert len(step.programs) == 5
+    side_by_side(Mlp, averages, with_average, same)
+    side_by_side(Mlp, with_sgd, checkpointed, same)
+    side_by_side(Mlp, in_groups, lambda m, o, x: plain(m, o, {"x": x}), same)
+    side_by_side(Mlp, with_sgd, two_losses, same)
+    if dist.get_world_size() == 1:  # each rank draws its own numbers
+        side_by_side(lambda: Mlp(0.3), with_sgd, checkpointed, some)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_step_may_do(ranks: int) -> None:
+    run_ranks(possibilities, ranks)
+
+
+# --- composition -----------------------------------------------------------------------------------
+
+
+def compositions() -> None:
+    """Stages of ZeRO, sequence parallelism, one group of ranks and two."""
+    ranks = dist.get_world_size()
+    for zero in (0, 1, 2):
+        train("mlp", OPTIMIZERS["SGD momentum"], clipped, {**EAGER, "zero": zero}, steps=3)
+    for options in ({"sp": 2}, {"sp": 2, "zero": 1}, {"sp": ranks, "zero": 2}):
+        _, step = train("llama", adamw, clipped, {**EAGER, **options}, steps=3)
+        assert any(r.name == "sequence_parallel" for r in step.job.reports[-1].records)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_composition(ranks: int) -> None:
+    run_ranks(compositions, ranks)
+
+
+def mixed(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def precisions() -> None:
+    fresh()
+    reference = Mlp()
+    model = copy.deepcopy(reference)
+    by_plan = copy.deepcopy(reference)
+    step = autodist.train_step(plan=EAGER)(mixed)
+    planned = autodist.train_step(plan={**EAGER, "precision": "bf16"})(plain)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (reference, model, by_plan)]
+    for number in range(3):
+        x = x_of(number)
+        wanted = mixed(reference, optimizers[0], x)
+        for loss in (step(model, optimizers[1], x), planned(by_plan, optimizers[2], {"x": x})):
+            assert abs(loss - wanted) < 1e-2 * wanted
+    # Sums of bf16 products are rounded in another order.
+    check(model, reference, 1e-2)
+    check(by_plan, reference, 1e-2)
+
+
+def test_precision() -> None:
+    run_ranks(precisions, 2)
+
+
+def outputs() -> None:
+    """Logits that stay in pieces are withheld; a metric computed from them is right."""
+
+    def function(model: nn.Module, optimizer: Any, batch: Batch) -> dict[str, Any]:
+        output = model(**batch)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        hits = (output.logits.argmax(-1) == batch["labels"]).float().mean()
+        return {"loss": output.loss.detach(), "hits": hits, "logits": output.logits}
+
+    fresh()
+    build, batch_of = MODELS["llama"]
+    model = build().train()
+    reference = copy.deepcopy(model)
+    batch = batch_of(torch.Generator().manual_seed(3))
+    wanted = function(reference, adamw(reference.parameters()), batch)
+    step = autodist.train_step(plan={**EAGER, "sp": 2})(function)
+    found = step(model, adamw(model.parameters()), batch)
+    assert isinstance(found["logits"], WithheldOutput)
+    assert found["logits"].shape == wanted["logits"].shape
+    assert torch.allclose(found["hits"], wanted["hits"]) and torch.allclose(found["loss"], wanted["loss"])
+
+
+def test_outputs_in_pieces() -> None:
+    run_ranks(outputs, 2)
+
+
+# --- sizes and settings that change ----------------------------------------------------------------
+
+
+def changes() -> None:
+    """New sizes make one more program, learning rates none, other settings one each."""
+    fresh()
+    model = Mlp()
+    reference = copy.deepcopy(model)
+    step = autodist.train_step(plan=EAGER)(plain)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, reference)]
+
+    def same(rows: int, programs: int) -> None:
+        x = x_of(rows, rows)
+        loss, wanted = step(model, optimizers[0], {"x": x}), plain(reference, optimizers[1], {"x": x})
+        assert abs(loss - wanted) < 1e-5 * wanted
+        check(model, reference)
+        assert len(step.programs) == programs, (rows, programs, len(step.programs))
+
+    same(4, 0)  # makes the optimizer's state
+    same(4, 1)
+    for rows in (6, 9, 5, 12):
+        same(rows, 2)
+    for o in optimizers:
+        o.param_groups[0]["lr"] = 0.02
+    same(4, 2)
+    for o in optimizers:
+        o.param_groups[0]["momentum"] = 0.5
+    same(4, 3)
+    same(9, 4 if len(step.programs) == 4 else 3)
+    model.eval(), reference.eval()
+    same(9, len(step.programs) + 1)
+
+
+def test_what_changes_makes_few_programs() -> None:
+    run_ranks(changes, 2)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------
+
+
+def resumed() -> None:
+    """Saved in the middle of an accumulation and loaded, a run goes on as if nothing had been."""
+
+    def begin() -> tuple[Any, Any, Any]:
+        fresh()
+        model = Mlp()
+        autodist.prepare(model, EAGER)
+        optimizer = adamw(model.parameters())
+        return autodist.train_step(plan=EAGER)(by_flag), model, optimizer
+
+    def run(run_: tuple[Any, Any, Any], numbers: Sequence[int]) -> list[float]:
+        step, model, optimizer = run_
+        seed = 10 * dist.get_rank()
+        return [step(model, optimizer, x_of(n + seed), n % 3 == 2)["loss"].item() for n in numbers]
+
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    assert folder[0] is not None
+    path = Path(folder[0]) / "run"
+    first = begin()
+    run(first, range(4))
+    autodist.save(path, first[1], first[2])
+    wanted = run(first, range(4, 9))
+    again = begin()
+    autodist.load(path, again[1], again[2])
+    assert run(again, range(4, 9)) == wanted
+    for a, b in zip(first[1].parameters(), again[1].parameters(), strict=True):
+        assert torch.equal(full(a.detach()), full(b.detach()))
+
+
+def test_a_resumed_run_is_the_same_run() -> None:
+    run_ranks(resumed, 2)
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+def branches(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+    loss = model(x)
+    if loss > 0:
+        loss.backward()
+    return loss
+
+
+def takes_a_number(model: nn.Module, optimizer: Any, x: Tensor) -> float:
+    loss = model(x)
+    loss.backward()
+    return loss.item()
+
+
+def prints(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    print(model(x))
+
+
+def hooks(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    y = model(x)
+    y.register_hook(lambda g: g * 2)
+
+
+class Counts(Mlp):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x) * self.calls
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def own_gradient(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    Double.apply(model(x)).backward()
+
+
+def twice(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    loss = model(x)
+    loss.backward(retain_graph=True)
+    (loss * 2).backward()
+
+
+def engine(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    torch.autograd.grad(model(x), list(model.parameters()))
+
+
+class Held:
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+
+def in_an_object(model: nn.Module, optimizer: Any, x: Tensor) -> Held:
+    return Held(model(x))
+
+
+def scaler(model: nn.Module, optimizer: Any, x: Tensor, scaler: Any) -> None:
+    scaler.scale(model(x)).backward()
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], list[str]]] = {
+    "branch": (branches, Mlp, ["needs the value of a tensor", "test_train_step.py", "torch.where"]),
+    "item": (takes_a_number, Mlp, ["needs the value of a tensor", "test_train_step.py"]),
+    "print": (prints, Mlp, ["prints a tensor", "test_train_step.py"]),
+    "hook": (hooks, Mlp, ["registers a hook", "test_train_step.py"]),
+    "counter": (lambda m, o, x: m(x).backward(), Counts, ["changes 'calls', a Python value of a Counts"]),
+    "own gradient": (own_gradient, Mlp, ["Double", "torch.library.custom_op"]),
+    "twice": (twice, Mlp, ["differentiated twice", "Add the losses up"]),
+    "grad": (engine, Mlp, ["torch.autograd.grad", "test_train_step.py"]),
+    "object": (in_an_object, Mlp, ["returns a Held that holds tensors"]),
+}
+
+
+def refusals(names: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        fresh()
+        function, build, _ = REFUSED[name]
+        model = build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = autodist.train_step(plan=EAGER)(function)
+        found[name] = refusal(Exception, lambda step=step, m=model, o=optimizer: step(m, o, x_of(0)))
+        assert all(p.grad is None for p in model.parameters()), "nothing was done"
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_refusals(ranks: int) -> None:
+    for found in run_ranks(refusals, ranks, list(REFUSED)):
+        for name, (_, _, wanted) in REFUSED.items():
+            for part in wanted:
+                assert part in found[name], (name, found[name])
+
+
+def refused_arguments() -> None:
+    model = Mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = autodist.train_step(plan=EAGER)(scaler)
+    with pytest.raises(autodist.StepError, match=r"GradScaler.*bf16"):
+        step(model, optimizer, x_of(0), torch.amp.GradScaler("cpu"))
+    with pytest.raises(autodist.StepError, match="requires a gradient"):
+        autodist.train_step(plan=EAGER)(plain)(model, optimizer, {"x": x_of(0).requires_grad_()})
+    with pytest.raises(autodist.StepError, match="needs the value of a tensor: File"):
+        adafactor = torch.optim.Adafactor(model.parameters())
+        autodist.train_step(plan=EAGER)(plain)(model, adafactor, {"x": x_of(0)})
+
+
+def test_refused_arguments() -> None:
+    run_ranks(refused_arguments, 1)
+
+
+# --- verify ----------------------------------------------------------------------------------------
+
+
+def verified() -> None:
+    fresh()
+    build, batch_of = MODELS["net"]
+    model = build()
+    optimizer = adamw(model.parameters())
+    step = autodist.train_step(plan=EAGER)(clipped)
+    batch = batch_of(torch.Generator().manual_seed(dist.get_rank()))
+    assert step.verify(model, optimizer, batch).passed
+    assert not optimizer.state and all(p.grad is None for p in model.parameters())
+    step(model, optimizer, batch)
+    before = [full(p.detach()).clone() for p in model.parameters()]
+    report = step.verify(model, optimizer, batch)
+    assert report.passed and {r.kind for r in report.rows} >= {"result", "parameter", "buffer", "exp_avg"}
+    assert all(torch.equal(full(p.detach()), b) for p, b in zip(model.parameters(), before, strict=True))
+    step.function = lambda m, o, b: clipped(m, o, {**b, "x": b["x"] * 1.01})
+    report = step.verify(model, optimizer, batch)
+    assert not report.passed and "FAILED" in str(report)
+
+
+def test_verify() -> None:
+    run_ranks(verified, 2)
