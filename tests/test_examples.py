@@ -1,4 +1,4 @@
-"""The long-context example trains within its bound or says why not; README shows what the pass does to it."""
+"""Examples train, within a bound or from where they stopped, or say why not; README shows a pass at work."""
 
 from __future__ import annotations
 
@@ -102,3 +102,24 @@ def test_readme_shows_what_the_pass_does(example: Any, tmp_path: Path) -> None:
             found = graph.index(line, place)
             assert skips or found == place, f"README leaves out: {graph[place]}"
             place, skips = found + 1, False
+
+
+def run_step(ranks: int, *arguments: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["examples/train_step.py", "--lowering", "eager", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.distributed
+def test_a_captured_step_trains_stops_and_goes_on(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    before = run_step(2, "--steps", "10", "--save", folder)
+    first, last = (float(loss) for loss in re.findall(r"step +\d+ of 10   loss (\S+) ", before))
+    assert last < first - 1, before
+    after = run_step(1, "--steps", "1", "--resume", folder)
+    found, wanted = re.findall(r"held-out loss (\S+); it was (\S+) when saved", after)[0]
+    assert abs(float(found) - float(wanted)) < 1e-3 and "after 11 steps" in after, after
+    # As after ten steps of the schedule and one more, not as after the first.
+    assert "learning rate 1.8e-03" in after, after
