@@ -16,10 +16,13 @@ to Python values of the models, which a program would not make again.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import random
+import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,7 @@ from autodist.runtime import compat
 from autodist.runtime.compat import local_part, tree_flatten, tree_leaves, tree_unflatten
 from autodist.runtime.gradients import gradients
 from autodist.runtime.parameters import captured_parameter
-from autodist.step_state import Scheduler, State, changed_attribute, hyperparameters
+from autodist.step_state import Scheduler, State, changed_attribute, hyperparameters, outside_values
 
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__, compat.__file__))
 _FRAMES = 8
@@ -79,8 +82,7 @@ class Captured:
     number, the last are the ``batch``; ``names`` has those of parameters and of what belongs to them). It
     returns the tensors among ``results``, then gradients of the parameters ``new_gradients``, then
     ``new_moments``, then buffers ``new_buffers``; ``specs`` has, for each of these, what makes a DTensor of
-    it, or None. ``without_gradient`` are the parameters that the step leaves without one,
-    ``settings`` the groups' hyperparameters after it.
+    it, or None. ``without_gradient`` are the parameters that the step leaves without one.
     """
 
     inputs: list[Tensor]
@@ -96,7 +98,6 @@ class Captured:
     without_gradient: list[int] = field(default_factory=list)
     new_moments: list[NewMoment] = field(default_factory=list)
     new_buffers: list[int] = field(default_factory=list)
-    settings: list[dict[str, Any]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     policies: dict[int, Any] = field(default_factory=dict)
 
@@ -138,7 +139,8 @@ class _Capture:
         self.given: set[int] = set()
 
     def run(self) -> Captured:
-        before = self.state.snapshot()
+        before, outside = self.state.snapshot(), copy.deepcopy(self._outside())
+        drawn = _random_states()
         scheduled = [(s, copy.copy(vars(s))) for s in self.state.roots.schedulers]
         try:
             self.made.graph = compat.trace_step(self._traced, self.made.inputs, self.made.mode, self.watch)
@@ -147,8 +149,23 @@ class _Capture:
             raise
         self._refuse_changes(before, scheduled)
         self._refuse_constants()
+        if self._outside() != outside:
+            pairs = zip(outside, self._outside(), strict=True)
+            name = next(a[0] for a, b in pairs if a != b)
+            raise StepError(
+                f"the step changes '{name}', a Python value outside of it. A captured step runs its Python "
+                "only once: return what changes, or change it outside of the step."
+            )
+        if _random_states() != drawn:
+            raise StepError(
+                "the step draws numbers from Python's or numpy's generator, which a captured step would not "
+                "draw again. Draw them outside and pass them as tensors, or use torch's generator."
+            )
         self.made.policies = self.watch.policies
         return self.made
+
+    def _outside(self) -> list[Any]:
+        return outside_values(self.function, [x for x in self.leaves if not isinstance(x, Tensor)])
 
     def _traced(self, *flat: Any) -> list[Any]:
         state, given = self.state, iter(flat)
@@ -165,7 +182,11 @@ class _Capture:
         self.watch.owners = {id(x): p for x, p in zip(leaves, parameters, strict=True)}
         with state.holding(parameters, buffers, moments, rates):
             args, kwargs = self._arguments(tensors)
-            result = self.function(*args, **kwargs)
+            settings = [hyperparameters(g) for g in state.groups]
+            written = [(r, compat.times_written(r)) for r in rates]
+            with self.watch.of(state.roots.optimizers):
+                result = self.function(*args, **kwargs)
+            _refuse_settings(settings, written, state)
             for leaf, parameter in zip(leaves, parameters, strict=True):
                 if leaf is not parameter and leaf.grad is not None:
                     raise StepError("the step calls torch.autograd.backward; call loss.backward()")
@@ -176,7 +197,6 @@ class _Capture:
             self._gradients(parameters, made)
             self._moments(parameters, moments, made)
             self._buffers(buffers, made)
-            self.made.settings = [hyperparameters(g) for g in state.groups]
         return made
 
     def _arguments(self, tensors: Sequence[Tensor]) -> Any:
@@ -250,14 +270,16 @@ class _Capture:
                 )
 
     def _refuse_constants(self) -> None:
-        """A tensor with a gradient that is no input: a parameter of a model that the step was not given."""
+        """Tensors that are no input; numbers written in the program are copied before they are used."""
         graph = self.made.graph
         for node in graph.graph.find_nodes(op="get_attr"):
             value = getattr(graph, node.target, None)  # type: ignore[arg-type]
-            if isinstance(value, Tensor) and value.requires_grad:
+            if isinstance(value, Tensor) and not all(compat.copies_literal(u.target) for u in node.users):
+                reader = next(iter(node.users))
                 raise StepError(
-                    f"the step uses a parameter of shape {tuple(value.shape)} of a model that it is not "
-                    f"given ({_where(node)}). Pass the model to the step."
+                    f"the step uses a tensor of shape {tuple(value.shape)} that it is not given "
+                    f"({_where(reader)}). Pass it, or the model it belongs to, as an argument: by itself, or "
+                    "in a list, tuple or dict (of another mapping, pass dict(batch))."
                 )
 
 
@@ -268,7 +290,7 @@ def program_inputs(state: State, tensors: Sequence[Tensor]) -> list[Tensor]:
         *map(local_part, state.gradients()),
         *state.buffers,
         *(local_part(m.tensor) for m in state.moments),
-        *(torch.tensor(r) for r in state.rates()),
+        *state.rates(),
         *map(local_part, tensors),
     ]
 
@@ -319,6 +341,23 @@ class Watch(TorchFunctionMode):
             result = func(*args, **kwargs)
         self._describe()
         return result
+
+    @contextlib.contextmanager
+    def of(self, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
+        """Within, see the steps of ``optimizers``."""
+        handles = [o.register_step_pre_hook(self._refuse_late_step) for o in optimizers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _refuse_late_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.rescheduled:
+            raise StepError(
+                f"{type(optimizer).__name__} steps after the scheduler has: {line_of_user()}. Schedulers are "
+                "called after each run, so call optimizer.step() first."
+            )
 
     def backward(
         self, loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False,
@@ -419,6 +458,8 @@ class Later:
         self._calls.append(Call(self._scheduler, args, kwargs))
 
     def get_last_lr(self) -> list[Any]:
+        if self._watch.rescheduled:
+            raise StepError(f"get_last_lr is asked for after the scheduler's step: {line_of_user()}")
         return [g["lr"] for g in self._scheduler.optimizer.param_groups]
 
     def __getattr__(self, name: str) -> Any:
@@ -457,7 +498,15 @@ def _where(node: Node) -> str:
 
 def _explain(error: Exception) -> None:
     """Raise :class:`StepError` in the place of an error that comes of there being no data."""
-    if isinstance(error, StepError) or not compat.needs_data(error):
+    if isinstance(error, StepError):
+        return
+    optimizer = _optimizer_of(error)
+    if optimizer is not None:
+        raise StepError(
+            f"{optimizer}.step cannot be captured: {error}. Use another optimizer, or call its step outside, "
+            "after a backward through a model compiled with backend='autodist'."
+        ) from error
+    if not compat.needs_data(error):
         return
     frames = traceback.walk_tb(error.__traceback__)
     places = [(f, n) for f, n in frames if _is_users(f.f_code.co_filename)]
@@ -468,6 +517,14 @@ def _explain(error: Exception) -> None:
         "branch on a tensor, take a number out of one or print one. Use torch.where, return the tensor and "
         "look at it after the step, or leave this part out of the function."
     ) from error
+
+
+def _optimizer_of(error: Exception) -> str | None:
+    """The optimizer in whose code an error arose."""
+    frames = [f for f, _ in traceback.walk_tb(error.__traceback__)]
+    inside = [f.f_locals.get("self") for f in frames if f"optim{os.sep}" in f.f_code.co_filename]
+    own = next((x for x in inside if isinstance(x, torch.optim.Optimizer)), None)
+    return None if own is None else type(own).__name__
 
 
 def _refuse_inputs(state: State, tensors: Sequence[Tensor], leaves: Sequence[Any]) -> None:
@@ -486,6 +543,30 @@ def _refuse_inputs(state: State, tensors: Sequence[Tensor], leaves: Sequence[Any
     for name, parameter in zip(state.names, state.parameters, strict=True):
         if compat.has_gradient_hooks(parameter):
             raise StepError(f"'{name}' has a gradient hook, which a captured step would not run; remove it.")
+
+
+def _refuse_settings(
+    before: Sequence[dict[str, Any]], rates: Sequence[tuple[Tensor, int]], state: State
+) -> None:
+    """``rates`` are the learning rates and how often each had been written into."""
+    left = iter(rates)
+    for old, group in zip(before, state.groups, strict=True):
+        changed = [k for k, v in hyperparameters(group).items() if k not in old or old[k] != v]
+        if "lr" in group and "lr" not in old:
+            rate, written = next(left)
+            changed += ["lr"] if group["lr"] is not rate or compat.times_written(rate) != written else []
+        if changed:
+            raise StepError(
+                f"the step changes '{changed[0]}' of a parameter group, which a captured step would not do "
+                "again. Pass a scheduler to the step, or change the group outside of it."
+            )
+
+
+def _random_states() -> list[Any]:
+    """The states of generators that are not torch's."""
+    numpy = sys.modules.get("numpy")
+    theirs = [] if numpy is None else [part for part in map(str, numpy.random.get_state())]
+    return [random.getstate(), theirs]
 
 
 def _refuse_result(leaf: Any) -> None:

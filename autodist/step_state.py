@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dis
 import functools
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -67,12 +69,36 @@ def named_objects(function: Callable[..., Any]) -> dict[str, Any]:
         return {}
     cells = zip(code.co_freevars, plain.__closure__ or (), strict=True)
     found = {name: cell.cell_contents for name, cell in cells if _filled(cell)}
-    found |= {n: plain.__globals__[n] for n in code.co_names if n in plain.__globals__}
+    found |= {n: plain.__globals__[n] for n in _global_names(code) if n in plain.__globals__}
     found |= dict(plain.__kwdefaults__ or {})
     owner = getattr(function, "__self__", None)
     if owner is not None:
         found |= {"self": owner} | vars(owner) if hasattr(owner, "__dict__") else {"self": owner}
     return found
+
+
+def _global_names(code: CodeType) -> set[str]:
+    """The globals that a function, and functions written inside of it, read."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*(_global_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+
+
+def outside_values(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
+    """Plain values that a step finds around it: globals, closure, and attributes of objects found there or
+    among its arguments. A program is made for them."""
+    found = [*sorted(named_objects(function).items()), *enumerate(arguments)]
+    return [(name, _shown(value)) for name, value in found]
+
+
+def _shown(value: Any) -> Any:
+    """What of an object is compared: itself if it is plain, or its plain attributes."""
+    if _is_plain(value):
+        return value
+    ours = (nn.Module, Optimizer, Tensor, *Scheduler, ModuleType, FunctionType, BuiltinFunctionType)
+    of_torch = getattr(type(value), "__module__", "").startswith("torch")
+    if isinstance(value, ours) or of_torch or not hasattr(value, "__dict__"):
+        return None
+    return {k: v for k, v in vars(value).items() if not k.startswith("__") and _is_plain(v)}
 
 
 def _filled(cell: Any) -> bool:
@@ -177,9 +203,10 @@ class State:
     def groups(self) -> list[dict[str, Any]]:
         return [g for o in self.roots.optimizers for g in o.param_groups]
 
-    def rates(self) -> list[float]:
-        """The learning rates that are numbers, group by group."""
-        return [g["lr"] for g in self.groups if lifts(g)]
+    def rates(self) -> list[Tensor]:
+        """The learning rates, group by group."""
+        found = [g["lr"] for g in self.groups if lifts(g)]
+        return [torch.as_tensor(float(x)) if _is_number(x) else x for x in found]
 
     @functools.cached_property
     def _readers(self) -> list[tuple[dict[str, Any], Callable[[Any], Any]]]:
@@ -262,8 +289,12 @@ _REGISTRIES = set(nn.Module.__annotations__) - {"training"}
 
 
 def lifts(group: Mapping[str, Any]) -> bool:
-    """Whether a group's learning rate is a number that may change from step to step."""
-    return isinstance(group.get("lr"), float)
+    """Whether a group has a learning rate, which may change from step to step."""
+    return _is_number(group.get("lr")) or isinstance(group.get("lr"), Tensor)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from autodist.runtime import compat
 from autodist.runtime.compat import tree_flatten, tree_leaves, tree_unflatten
 from autodist.runtime.outputs import SameBatch
 from autodist.step_capture import Captured, Result, capture, program_inputs
-from autodist.step_state import State, roots_of
+from autodist.step_state import State, outside_values, roots_of
 from autodist.verify_step import StepReport, verify_step
 
 P = ParamSpec("P")
@@ -87,15 +87,19 @@ class TrainStep:
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         others = [None if isinstance(x, Tensor) else x for x in leaves]
         state = self._current_state(others)
-        key = _Key(structure, others, [_kind(x) for x in tensors], state.constants())
+        key = self._key(structure, others, tensors, state)
         for program in self.programs:
             if program.holds(key, tensors):
                 return program.run(state, tensors)
         self._prepare(state)
         state = self._current_state(others, fresh=True)
-        key = _Key(structure, others, [_kind(x) for x in tensors], state.constants())
+        key = self._key(structure, others, tensors, state)
         program = self._make(key, (args, kwargs), state, tensors)
         return program.run(state, tensors)
+
+    def _key(self, structure: Any, others: list[Any], tensors: Sequence[Tensor], state: State) -> _Key:
+        constants = [*state.constants(), outside_values(self.function, others)]
+        return _Key(structure, others, [_kind(x) for x in tensors], constants)
 
     def verify(self, *args: Any, tolerance: float = 1e-4, **kwargs: Any) -> StepReport:
         """Run the step on these arguments, and the function as it was written, and compare what they do.
@@ -164,7 +168,7 @@ class TrainStep:
 
 @dataclasses.dataclass
 class _Key:
-    """What a program was made for: arguments, and :meth:`State.constants`."""
+    """What a program was made for: arguments, :meth:`State.constants`, what stands around the function."""
 
     structure: Any
     others: list[Any]

@@ -280,7 +280,7 @@ def assembled(step: GraphModule, regions: Sequence[Region], parts: Sequence[Part
     """The step with each region's parts in its place."""
     graph = Graph()
     made = GraphModule(step, graph)
-    builder = _Builder(made, regions, parts)
+    builder = _Builder(step, made, regions, parts)
     for node in step.graph.nodes:
         builder.add(node)
     made.graph.lint()
@@ -289,8 +289,10 @@ def assembled(step: GraphModule, regions: Sequence[Region], parts: Sequence[Part
 
 
 class _Builder:
-    def __init__(self, made: GraphModule, regions: Sequence[Region], parts: Sequence[Parts]) -> None:
-        self.made = made
+    def __init__(
+        self, step: GraphModule, made: GraphModule, regions: Sequence[Region], parts: Sequence[Parts]
+    ) -> None:
+        self.step, self.made = step, made
         self.env: dict[Node, Any] = {}
         self.regions, self.parts = regions, parts
         self.inside = {n: i for i, r in enumerate(regions) for n in r.body}
@@ -310,6 +312,8 @@ class _Builder:
             node.args[0] in self.markers
         ):
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif node.op == "get_attr":
+            self.env[node] = self._constant(self.step, node)
         else:
             self.env[node] = self.made.graph.node_copy(node, self.env.__getitem__)
 

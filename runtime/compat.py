@@ -154,6 +154,11 @@ def mark_parameter(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def times_written(tensor: torch.Tensor) -> int:
+    """How often a tensor has been changed in place."""
+    return tensor._version
+
+
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
 
 
@@ -290,6 +295,11 @@ def sets_grad_mode(target: Any) -> bool:
 def sets_mode(target: Any) -> bool:
     """Whether a captured call is there for the mode it sets: gradients, autocast."""
     return target in (SET_GRAD_ENABLED, enter_autocast, exit_autocast)
+
+
+def copies_literal(target: Any) -> bool:
+    """Whether a recorded call makes a tensor of a number written in the program (``torch.tensor(1.0)``)."""
+    return target in (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
 
 
 def is_profiling(target: Any) -> bool:

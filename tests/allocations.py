@@ -44,6 +44,8 @@ def peak_bytes() -> Iterator[Allocations]:
     live: dict[int, int] = {}
     for event in (e["args"] for e in memory):
         if event["Bytes"] > 0:
+            # What another thread freed is not always recorded: an address given out again was free.
+            found.held -= live.pop(event["Addr"], 0)
             live[event["Addr"]] = event["Bytes"]
             found.held += event["Bytes"]
         else:

@@ -1023,6 +1023,8 @@ def test_modes_and_profiling_are_known_by_their_calls() -> None:
     targets = _calls(compat.trace_step(step, [fake], mode, _Watching()))
     assert [compat.sets_grad_mode(t) for t in targets if compat.sets_mode(t)].count(True) == 2
     assert sum(map(compat.sets_mode, targets)) == 4
+    literal = compat.trace_step(lambda x: [x + torch.tensor(1.0)], [fake], mode, _Watching())
+    assert any(map(compat.copies_literal, _calls(literal)))
     assert any(map(compat.is_profiling, targets)) and compat.SET_GRAD_ENABLED in targets
 
 
@@ -1109,6 +1111,9 @@ def test_parts_of_dtensors() -> None:
         again = compat.dtensor_of(part * 2, compat.specification(whole), True)
         assert again.shape == (4, 3) and again.requires_grad and isinstance(again, DTensor)
         assert isinstance(compat.mark_parameter(again), torch.nn.Parameter)
+    x = torch.ones(2)
+    before = compat.times_written(x)
+    assert compat.times_written(x.mul_(2)) == before + 1
 
 
 def test_operators_by_name() -> None:

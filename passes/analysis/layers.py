@@ -272,5 +272,6 @@ def _text(argument: Any, shown: int | None) -> str:
 
 def _source_line(node: Node) -> str:
     """The innermost source line in a node's stack trace, with its code."""
-    lines = (node.meta.get("stack_trace") or "").rstrip().splitlines()
-    return ": ".join(line.strip() for line in lines[-2:])
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    # Newer Pythons underline what failed in a line of its own.
+    return ": ".join([line for line in lines if line.strip("^~ ")][-2:])
