@@ -76,18 +76,22 @@ class Bucket(Pass):
         done: list[list[Node]] = []
         open_: dict[Any, list[Node]] = {}
         held: dict[Any, int] = {}
+        used: dict[Any, int] = {}
         for node in nodes:
             key = (node.target, *node.args[-2:], node.args[-3])
             run, size = open_.setdefault(key, []), num_bytes(node)
             limit = self.limit or bucket_bytes(context.group_sizes[node.args[-1]], context.hardware)
             full = held.get(key, 0) + size > limit and not self._unbounded(node)
             # A result that is read before the next one is ready cannot wait for it.
-            read = node.target in _BUCKET_OF and any(first_use(n, order) < order[node] for n in run)
+            read = node.target in _BUCKET_OF and used.get(key, len(order)) < order[node]
             if run and (full or read):
+                used.pop(key, None)
                 done.append(run)
                 run, held[key] = [], 0
                 open_[key] = run
             run.append(node)
+            if node.target in _BUCKET_OF:
+                used[key] = min(used.get(key, len(order)), first_use(node, order))
             held[key] = held.get(key, 0) + size
         return [run for run in (*done, *open_.values()) if len(run) > 1]
 

@@ -239,10 +239,10 @@ def _turn(
         frontier = [wait]
         while frontier:
             for user in frontier.pop(0).users:
-                ready = all(n in found or position(n) <= (until, _FINISH) for n in user.all_input_nodes)
-                if user.op == "output" or user in found or is_collective_start(user) or not ready:
+                # In place already: it has its turn with another reduction.
+                if user.op == "output" or user in found or user in place or is_collective_start(user):
                     continue
-                if user in place:  # it has its turn with another reduction
+                if not all(n in found or position(n) <= (until, _FINISH) for n in user.all_input_nodes):
                     continue
                 if compat.is_mutating(user.target) and _read_from(user.args[0], until, order, found):
                     continue
