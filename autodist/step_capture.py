@@ -285,11 +285,12 @@ class _Capture:
 
 def program_inputs(state: State, tensors: Sequence[Tensor]) -> list[Tensor]:
     """What a program takes: see the module's text for the order."""
+    parameters, moments = state.kept_parts
     return [
-        *map(local_part, state.parameters),
+        *parameters,
         *map(local_part, state.gradients()),
         *state.buffers,
-        *(local_part(m.tensor) for m in state.moments),
+        *moments,
         *state.rates(),
         *map(local_part, tensors),
     ]

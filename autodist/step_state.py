@@ -29,10 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from autodist.runtime.compat import tree_leaves, tree_map
+from autodist.runtime import compat
+from autodist.runtime.compat import local_part, tree_leaves, tree_map
 from autodist.runtime.parameters import containers, parameter_name
 
 Scheduler = (LRScheduler, ReduceLROnPlateau)
@@ -77,6 +79,7 @@ def named_objects(function: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
+@functools.cache
 def _global_names(code: CodeType) -> set[str]:
     """The globals that a function, and functions written inside of it, read."""
     names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
@@ -172,6 +175,7 @@ class State:
             self.places[seen[id(parameter)]].append(place)
 
     def find_moments(self) -> None:
+        self._states = [[v for s in o.state.values() for v in s.values()] for o in self.roots.optimizers]
         self.moments = [
             Moment(o, self.index[id(parameter)], key, value)
             for o, optimizer in enumerate(self.roots.optimizers)
@@ -183,21 +187,39 @@ class State:
 
     # --- whether it is still so -------------------------------------------------------------------
 
+    @functools.cached_property
+    def _moment_names(self) -> list[tuple[int, int, Any]]:
+        return [(m.optimizer, m.parameter, m.key) for m in self.moments]
+
+    @functools.cached_property
+    def kept_parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's parts of parameters and of moments, which stay while the state stands."""
+        return [*map(local_part, self.parameters)], [local_part(m.tensor) for m in self.moments]
+
+    @functools.cached_property
+    def _sharded(self) -> tuple[list[DTensor], list[Tensor]]:
+        """The DTensors among them, and their parts."""
+        tensors = [*self.parameters, *(m.tensor for m in self.moments)]
+        sharded = [t for t in tensors if isinstance(t, DTensor)]
+        return sharded, [*map(local_part, sharded)]
+
     def stands(self) -> bool:
         """Whether the state's tensors are where they were found."""
-        for tensor, places in zip(self.parameters, self.places, strict=True):
-            for holder, key in places:
-                if holder.get(key) is not tensor:
-                    return False
-        for tensor, places in zip(self.buffers, self.buffer_places, strict=True):
-            for holder, key in places:
-                if holder.get(key) is not tensor:
-                    return False
-        stored = [o.state for o in self.roots.optimizers]
-        for m in self.moments:
-            if stored[m.optimizer].get(self.parameters[m.parameter], _NOTHING).get(m.key) is not m.tensor:
-                return False
-        return True
+        if any(holder.get(key) is not tensor for holder, key, tensor in self._held_tensors):
+            return False
+        if not compat.same_parts(*self._sharded):
+            return False
+        now = [[v for values in o.state.values() for v in values.values()] for o in self.roots.optimizers]
+        return all(
+            len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(now, self._states, strict=True)
+        )
+
+    @functools.cached_property
+    def _held_tensors(self) -> list[tuple[dict[Any, Any], Any, Tensor]]:
+        """Where each parameter and buffer is, in one list: it is read before every run."""
+        tensors = [*zip(self.parameters, self.places, strict=True)]
+        tensors += zip(self.buffers, self.buffer_places, strict=True)  # type: ignore[arg-type]
+        return [(holder, key, tensor) for tensor, places in tensors for holder, key in places]
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -229,10 +251,11 @@ class State:
     def constants(self) -> list[Any]:
         """All that a program takes as constant: compared with ``==`` before each run."""
         return [
-            [(p.grad is None, p.requires_grad) for p in self.parameters],
+            [p.grad is None for p in self.parameters],
+            [p.requires_grad for p in self.parameters],
             self.attributes(),
             [hyperparameters(g) for g in self.groups],
-            [(m.parameter, m.key) for m in self.moments],
+            self._moment_names,
         ]
 
     # --- tensors ----------------------------------------------------------------------------------

@@ -338,8 +338,9 @@ class _Builder:
         one = insert_full(self.made.graph, loss)
         saved = self.saved[number]
         placeholders = part.graph.find_nodes(op="placeholder")
+        taken = {n.name for n in placeholders}
         # Random states go by other names where they are taken.
-        others = iter([v for name, v in saved.items() if name not in {n.name for n in placeholders}])
+        others = iter([v for name, v in saved.items() if name not in taken])
         inputs = [one if compat.is_tangent(n) else saved.get(n.name) or next(others) for n in placeholders]
         self.env[region.marker] = self._inline(part, inputs)  # type: ignore[assignment]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import re
 import sys
 import traceback
@@ -146,6 +147,14 @@ def specification(tensor: DTensor) -> Any:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, without a record for autograd."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+_part = operator.attrgetter("_local_tensor")
+
+
+def same_parts(tensors: Sequence[DTensor], parts: Sequence[torch.Tensor]) -> bool:
+    """Whether ``parts`` still are what this rank holds of ``tensors``, object by object."""
+    return all(map(operator.is_, map(_part, tensors), parts))
 
 
 def mark_parameter(tensor: torch.Tensor) -> torch.Tensor:

@@ -1108,6 +1108,7 @@ def test_parts_of_dtensors() -> None:
         whole = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)], run_check=False)
         part = compat.local_part(whole)
         assert part.shape == (2, 3) and compat.local_part(part) is part
+        assert compat.same_parts([whole], [part]) and not compat.same_parts([whole], [part.clone()])
         again = compat.dtensor_of(part * 2, compat.specification(whole), True)
         assert again.shape == (4, 3) and again.requires_grad and isinstance(again, DTensor)
         assert isinstance(compat.mark_parameter(again), torch.nn.Parameter)
