@@ -14,7 +14,8 @@ STEPS ?= 100
 # Seconds matter little, a moved import or signature a lot: one test a private interface, then training
 # through all of them, without and with Inductor.
 COMPAT_TESTS ?= tests/test_compat.py tests/test_passes.py \
-	"tests/test_parity.py::test_two_ranks[llama-llama_tied]" "tests/test_parity.py::test_inductor[resnet]"
+	"tests/test_parity.py::test_two_ranks[llama-llama_tied]" "tests/test_parity.py::test_inductor[resnet]" \
+	"tests/test_train_step.py::test_ten_steps[net-2]"
 
 BIN := .venv/bin
 CACHE := $(CURDIR)/.cache
