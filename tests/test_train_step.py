@@ -119,7 +119,6 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "RAdam": lambda p: torch.optim.RAdam(p, lr=1e-2),
     "Adamax": lambda p: torch.optim.Adamax(p, lr=1e-2),
     "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
-    "Rprop": lambda p: torch.optim.Rprop(p, lr=1e-2),
     "ASGD": lambda p: torch.optim.ASGD(p, lr=1e-2),
 }
 
@@ -688,7 +687,7 @@ def refused_arguments() -> None:
         early(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1), x_of(0))
     with pytest.raises(autodist.StepError, match="requires a gradient"):
         autodist.train_step(plan=EAGER)(plain)(model, optimizer, {"x": x_of(0).requires_grad_()})
-    for kind in (torch.optim.Adafactor, torch.optim.LBFGS):
+    for kind in (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Rprop):
         with pytest.raises(autodist.StepError, match=f"{kind.__name__}.step cannot be captured"):
             autodist.train_step(plan=EAGER)(plain)(model, kind(model.parameters()), {"x": x_of(0)})
 
