@@ -44,7 +44,7 @@ METRICS = {
     "cpu": Metric("CPU a step", "s", 3, lambda run: median(run.cpu_seconds)),
     "peak": Metric("peak", "MiB", 1, lambda run: run.peak_bytes / _MIB),
     "live": Metric("kept", "MiB", 1, lambda run: run.live_bytes / _MIB),
-    "first_step": Metric("first step", "s", 1, lambda run: run.first_step_seconds),
+    "warm_up": Metric("warm-up", "s", 1, lambda run: run.warm_up_seconds),
     "tokens": Metric("tokens", "1/s", 0, lambda run: run.step_tokens / median(run.seconds)),
     "activations": Metric("activations", "MiB", 1, lambda run: (run.peak_bytes - run.live_bytes) / _MIB),
     "all_to_all": Metric("all-to-all", "MiB", 2, _sent("all-to-all"), compared=False),
@@ -52,8 +52,8 @@ METRICS = {
     "reduced": Metric("reductions", "MiB", 2, _sent("all-reduce", "reduce-scatter"), compared=False),
 }
 # Those of a report on sharding, and of one on splitting a sequence.
-SHARDING = ("step", "cpu", "peak", "live", "first_step")
-SEQUENCE = ("tokens", "cpu", "activations", "live", "all_to_all", "gathered", "reduced", "first_step")
+SHARDING = ("step", "cpu", "peak", "live", "warm_up")
+SEQUENCE = ("tokens", "cpu", "activations", "live", "all_to_all", "gathered", "reduced", "warm_up")
 
 
 @dataclass(frozen=True)

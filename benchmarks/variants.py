@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import autodist
 from benchmarks.workload import Workload, adamw
 
 Step = Callable[[Tensor], Tensor]
@@ -37,11 +38,18 @@ class Variant:
     may_fail: bool = False
 
 
-def ordinary_step(forward: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Step:
+def ordinary_step(
+    forward: Callable[..., Any],
+    optimizer: torch.optim.Optimizer,
+    update: Callable[[], object] | None = None,
+) -> Step:
+    """``update`` is what runs the optimizer, where that is not its own method as it stands."""
+    update = update or optimizer.step
+
     def step(tokens: Tensor) -> Tensor:
         loss: Tensor = forward(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        optimizer.step()
+        update()
         optimizer.zero_grad()
         return loss.detach()
 
@@ -73,6 +81,14 @@ def _fsdp2_compile(model: nn.Module, workload: Workload) -> Step:
     for block in model.model.layers:  # type: ignore[union-attr]
         block.compile(fullgraph=True)
     return _fsdp2(model, workload)
+
+
+def _fsdp2_compile_step(model: nn.Module, workload: Workload) -> Step:
+    for block in model.model.layers:  # type: ignore[union-attr]
+        block.compile(fullgraph=True)
+    shard_blocks(model, workload)
+    optimizer = adamw(model)
+    return ordinary_step(model, optimizer, update=torch.compile(optimizer.step))
 
 
 def _fsdp2_compile_whole(model: nn.Module, workload: Workload) -> Step:
@@ -135,13 +151,29 @@ def _autodist(stage: int) -> Callable[[nn.Module, Workload], Step]:
     return build
 
 
+def _autodist_step(model: nn.Module, workload: Workload) -> Step:
+    optimizer = adamw(model)
+
+    @autodist.train_step(plan={"zero": 3})
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return lambda tokens: step(model, optimizer, tokens)
+
+
 VARIANTS = {
     "ddp": Variant(_ddp),
     "ddp-compile": Variant(_ddp_compile),
     "fsdp2": Variant(_fsdp2),
     "fsdp2-compile": Variant(_fsdp2_compile),
+    "fsdp2-compile-step": Variant(_fsdp2_compile_step),
     "fsdp2-compile-whole": Variant(_fsdp2_compile_whole),
     "deepspeed-zero3": Variant(_deepspeed, needs="deepspeed"),
     "autodist-zero3": Variant(_autodist(3)),
     "autodist-zero2": Variant(_autodist(2)),
+    "autodist-step-zero3": Variant(_autodist_step),
 }

@@ -33,15 +33,16 @@ class Measurement:
     ``seconds`` (the slowest rank's) and ``cpu_seconds`` (of all ranks together) have one entry for
     each measured step; ``losses``, the mean over ranks, one for every step. ``peak_bytes`` is the
     most any rank held during the measured steps, ``live_bytes`` what the fullest rank holds between
-    steps. ``first_step_seconds`` includes compilation. ``sent_bytes``: what a rank sends in a step, by
-    kind of collective (:mod:`benchmarks.traffic`). ``step_tokens`` are those of all ranks.
+    steps. ``warm_up_seconds``, of all steps before those, include compilation. ``sent_bytes``: what a
+    rank sends in a step, by kind of collective (:mod:`benchmarks.traffic`). ``step_tokens`` are those of
+    all ranks.
     """
 
     seconds: list[float]
     cpu_seconds: list[float]
     peak_bytes: int
     live_bytes: int
-    first_step_seconds: float
+    warm_up_seconds: float
     losses: list[float]
     parameters: int
     step_tokens: int
@@ -92,7 +93,7 @@ def train(variant: str, workload: Workload, memory: MemoryCounter) -> Measuremen
         cpu_seconds=[sum(ranks) for ranks in cpus[WARM_UP_STEPS:]],
         peak_bytes=max(peaks),
         live_bytes=max(lives),
-        first_step_seconds=max(walls[0]),
+        warm_up_seconds=sum(max(ranks) for ranks in walls[:WARM_UP_STEPS]),
         losses=[sum(ranks) / len(ranks) for ranks in losses],
         parameters=parameters,
         step_tokens=workload.step_tokens,

@@ -73,7 +73,7 @@ def test_a_report_on_sequences_has_tokens_and_bytes_sent() -> None:
     assert medians["activations"] == 50 / 2**20
     assert (medians["all_to_all"], medians["gathered"], medians["reduced"]) == (1, 0, 3)
     # One rank sends nothing: there is no ratio to it.
-    assert list(comparisons["b"].ratios) == ["tokens", "cpu", "activations", "live", "first_step"]
+    assert list(comparisons["b"].ratios) == ["tokens", "cpu", "activations", "live", "warm_up"]
     assert "| b | 300 | 2.000 |" in report.markdown({}, comparisons, "a", [])
 
 
@@ -190,6 +190,31 @@ def test_the_comparison_runs_and_sharding_halves_what_stays(tmp_path: Path) -> N
     for measured in (ddp, fsdp2):
         assert measured["peak_bytes"] >= measured["live_bytes"] + weights / 2  # sharded gradients
         assert min(measured["seconds"] + measured["cpu_seconds"]) > 0
+
+
+@pytest.mark.distributed
+def test_a_captured_step_is_compared_with_a_compiled_optimizer(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    arguments = ["--quick", "--steps", "1", "--variants", "fsdp2-compile-step,autodist-step-zero3"]
+    command = [sys.executable, "-m", "benchmarks.compare", *arguments, "--output", str(tmp_path)]
+    eager = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # but for the captured step, which needs no Dynamo
+    done = subprocess.run(command, cwd=ROOT, env=eager, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr  # it fails where losses disagree
+    results = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert set(results["runs"]) == {"fsdp2-compile-step", "autodist-step-zero3"}
+
+
+@pytest.mark.distributed
+def test_the_overhead_of_a_captured_step_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    sizes = ["--layers", "1", "--lowering", "eager", "--rounds", "1", "--calls", "2"]
+    command = [sys.executable, "-m", "benchmarks.step_overhead", *sizes, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "step_overhead.md").read_text()
+    assert "lowering eager" in text
+    # 12 parameters of one layer and what is around it, 3 moments of each, 2 buffers, a rate and the tokens.
+    assert text.count(f"| {12 * 4 + 2 + 2} | ") == 2
 
 
 @pytest.mark.distributed
