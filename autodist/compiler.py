@@ -349,19 +349,25 @@ def _step_border(
     compiled: Callable[..., Any], job: Job, kept: Mapping[int, Kept]
 ) -> Callable[..., Sequence[Any]]:
     """``compiled``, with outputs that stay in pieces as the plan wants them."""
-    sequence = job.sequence
-    if sequence is None or not kept:
+    if not kept:
         return compiled
 
     def call(*arguments: Any) -> Sequence[Any]:
-        results = compiled(*arguments)
-        as_dtensor = job.plan.outputs == "sharded"
-        return [
-            returned(r, kept[i], arguments, sequence, as_dtensor) if i in kept else r
-            for i, r in enumerate(results)
-        ]
+        return _handed_out(compiled(*arguments), kept, arguments, job)
 
     return call
+
+
+def _handed_out(
+    results: Sequence[Any], kept: Mapping[int, Kept], arguments: Sequence[Any], job: Job
+) -> list[Any]:
+    """``results``, those that are ``kept`` in pieces as the plan wants them."""
+    assert job.sequence is not None
+    as_dtensor = job.plan.outputs == "sharded"
+    return [
+        returned(r, kept[i], arguments, job.sequence, as_dtensor) if i in kept else r
+        for i, r in enumerate(results)
+    ]
 
 
 def _of_the_step(kept: Kept, region: Region) -> Kept:
@@ -387,14 +393,7 @@ def _at_the_border(
             with contextlib.nullcontext() if job.monitor is None else job.monitor.guard("comparing batches"):
                 batch.check(arguments)
         results = compiled(*map(plain_tensor, arguments))
-        if not kept:
-            return results
-        assert sequence is not None
-        as_dtensor = job.plan.outputs == "sharded"
-        return type(results)(
-            returned(r, kept[i], arguments, sequence, as_dtensor) if i in kept else r
-            for i, r in enumerate(results)
-        )
+        return type(results)(_handed_out(results, kept, arguments, job)) if kept else results
 
     return call
 

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
+from autodist.passes.graph import innermost, where
 from autodist.runtime import compat
 from autodist.runtime.compat import local_part, tree_flatten, tree_leaves, tree_unflatten
 from autodist.runtime.gradients import gradients
@@ -278,7 +279,7 @@ class _Capture:
                 reader = next(iter(node.users))
                 raise StepError(
                     f"the step uses a tensor of shape {tuple(value.shape)} that it is not given "
-                    f"({_where(reader)}). Pass it, or the model it belongs to, as an argument: by itself, or "
+                    f"({where(reader)}). Pass it, or the model it belongs to, as an argument: by itself, or "
                     "in a list, tuple or dict (of another mapping, pass dict(batch))."
                 )
 
@@ -479,8 +480,7 @@ def stack_of_user() -> str:
 
 
 def line_of_user() -> str:
-    lines = [x.strip() for x in stack_of_user().splitlines() if x.strip().startswith("File")]
-    return lines[-1] if lines else "source line unknown"
+    return innermost(stack_of_user())
 
 
 def _is_users(filename: str) -> bool:
@@ -490,11 +490,6 @@ def _is_users(filename: str) -> bool:
 def _formatted(frames: Sequence[Any]) -> str:
     lines = [(f, f.f_lineno) for f in frames]
     return "".join(traceback.format_list(traceback.StackSummary.extract(iter(lines))))
-
-
-def _where(node: Node) -> str:
-    lines = [x.strip() for x in node.meta.get("stack_trace", "").splitlines() if x.strip().startswith("File")]
-    return lines[-1] if lines else "source line unknown"
 
 
 def _explain(error: Exception) -> None:
@@ -512,7 +507,7 @@ def _explain(error: Exception) -> None:
     frames = traceback.walk_tb(error.__traceback__)
     places = [(f, n) for f, n in frames if _is_users(f.f_code.co_filename)]
     lines = traceback.format_list(traceback.StackSummary.extract(iter(places[-1:])))
-    place = lines[0].strip().splitlines()[0] if lines else "source line unknown"
+    place = innermost("".join(lines))
     raise StepError(
         f"the step needs the value of a tensor: {place}. It is captured once, without data, so it cannot "
         "branch on a tensor, take a number out of one or print one. Use torch.where, return the tensor and "
@@ -566,7 +561,7 @@ def _refuse_settings(
 def _random_states() -> list[Any]:
     """The states of generators that are not torch's."""
     numpy = sys.modules.get("numpy")
-    theirs = [] if numpy is None else [part for part in map(str, numpy.random.get_state())]
+    theirs = [] if numpy is None else list(map(str, numpy.random.get_state()))
     return [random.getstate(), theirs]
 
 

@@ -234,8 +234,8 @@ class State:
     def _readers(self) -> list[tuple[dict[str, Any], Callable[[Any], Any]]]:
         """For each module, what takes its plain attributes all at once."""
         readers: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
-        for module in dict.fromkeys(m for root in self.roots.modules for m in root.modules()):
-            names = [k for k, v in vars(module).items() if k not in _REGISTRIES and _is_plain(v)]
+        for module in self._modules:
+            names = [k for k, v in _own(module).items() if _is_plain(v)]
             readers.append((vars(module), operator.itemgetter(*names)))
         return readers
 
@@ -245,8 +245,11 @@ class State:
 
     def snapshot(self) -> list[tuple[nn.Module, dict[str, Any]]]:
         """Each module's attributes, to be compared later: plain ones as copies."""
-        modules = dict.fromkeys(m for root in self.roots.modules for m in root.modules())
-        return [(m, {k: _copied(v) for k, v in _own(m).items()}) for m in modules]
+        return [(m, {k: _copied(v) for k, v in _own(m).items()}) for m in self._modules]
+
+    @property
+    def _modules(self) -> list[nn.Module]:
+        return list(dict.fromkeys(m for root in self.roots.modules for m in root.modules()))
 
     def constants(self) -> list[Any]:
         """All that a program takes as constant: compared with ``==`` before each run."""

@@ -129,8 +129,6 @@ class TrainStep:
             if self.job is None or num_ranks() > 1:
                 prepare(module, self.plan)
             self.job = self.job or prepared_job(module)
-        for optimizer in state.roots.optimizers:
-            repoint(optimizer)
         if self.job is None:
             device = next((p.device for p in state.parameters), torch.device("cpu"))
             self.job = start_job(dataclasses.replace(self.plan, dp=None, sp=1), device, alone=True)
@@ -202,8 +200,6 @@ class Program:
         self.key, self.captured, self.compiled = key, captured, compiled
         self.fits = compat.size_check(captured.mode, captured.batch)
         self.sizes: dict[Any, bool] = {}
-        self.inputs: list[Tensor] | None = None
-        self.state: State | None = None
         sequence = job.sequence
         self.batch = None if sequence is None else SameBatch(sequence, job.device)
 
@@ -231,9 +227,7 @@ class Program:
             value, spec = next(outputs), next(specs)
             return value if spec is None else compat.dtensor_of(value, spec, False)
 
-        results: list[Any] = []
-        for result in captured.results:
-            results.append(made() if result.kind == "tensor" else result)
+        tensors_made = iter([made() for result in captured.results if result.kind == "tensor"])
         for i in captured.new_gradients:
             state.parameters[i].grad = made()
         for i in captured.without_gradient:
@@ -247,12 +241,14 @@ class Program:
                 holder[key] = value
         for call in captured.calls:
             call.scheduler.step(*call.args, **call.kwargs)
-        return tree_unflatten([_known(r, state, tensors) for r in results], captured.structure)
+        results = [
+            next(tensors_made) if r.kind == "tensor" else _known(r, state, tensors) for r in captured.results
+        ]
+        return tree_unflatten(results, captured.structure)
 
 
-def _known(result: Any, state: State, tensors: Sequence[Tensor]) -> Any:
-    if not isinstance(result, Result):
-        return result
+def _known(result: Result, state: State, tensors: Sequence[Tensor]) -> Any:
+    """A result that is no new tensor."""
     if result.kind == "constant":
         return result.what
     if result.kind == "gradient":

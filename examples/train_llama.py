@@ -93,9 +93,12 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a small Llama on Python's own source code.")
-    parser.add_argument("--steps", type=int, default=100, help="steps to train from here (default 100)")
+def arguments(
+    description: str = "Train a small Llama on Python's own source code.", steps: int = 100
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    meaning = f"steps to train from here (default {steps})"
+    parser.add_argument("--steps", type=int, default=steps, help=meaning)
     parser.add_argument("--save", type=Path, help="folder to write a checkpoint to, in the end")
     parser.add_argument("--resume", type=Path, help="folder to read a checkpoint from, first")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")

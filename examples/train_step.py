@@ -13,9 +13,7 @@ The text and the model are those of train_llama.py. In a step every rank draws `
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -28,6 +26,7 @@ from train_llama import (
     RANK,
     RANKS,
     REPORT_EVERY,
+    arguments,
     choose_device,
     evaluate,
     make_model,
@@ -47,7 +46,7 @@ WARM_UP = 10  # steps in which the learning rate rises; it falls from then on
 
 
 def main() -> None:
-    args = arguments()
+    args = arguments("Train a small Llama with the whole step as one program.", steps=60)
     device = choose_device()
     training, held_out = text()
 
@@ -114,18 +113,6 @@ def warm_up_and_fall(step: int) -> float:
     """The learning rate after ``step`` steps, as a part of the highest: 1 after ``WARM_UP`` steps, then as
     the inverse root. It does not depend on when training ends, so a run can be prolonged."""
     return min((step + 1) / WARM_UP, (WARM_UP / (step + 1)) ** 0.5)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a small Llama with the whole step as one program.")
-    parser.add_argument("--steps", type=int, default=60, help="steps to train from here (default 60)")
-    parser.add_argument("--save", type=Path, help="folder to write a checkpoint to, in the end")
-    parser.add_argument("--resume", type=Path, help="folder to read a checkpoint from, first")
-    parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
-    args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1; got {args.steps}")
-    return args
 
 
 if __name__ == "__main__":

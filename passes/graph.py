@@ -60,6 +60,13 @@ def source(node: Node, through: Callable[[Node], bool] = is_view) -> Node:
     return node
 
 
+def fill_values(graph: GraphModule) -> None:
+    """Evaluate the calls that torch left without a value."""
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            evaluate(node)
+
+
 def value(node: Node) -> Any:
     return node.meta["val"]
 
@@ -139,7 +146,11 @@ def move_before(nodes: Iterable[Node], anchor: Node) -> None:
 
 def where(node: Node) -> str:
     """The user's source line a node comes from, for error messages."""
-    trace = node.meta.get("stack_trace") or ""
+    return innermost(node.meta.get("stack_trace") or "")
+
+
+def innermost(trace: str) -> str:
+    """The last source line that a stack trace names."""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File")]
     return lines[-1] if lines else "source line unknown"
 

@@ -28,7 +28,7 @@ from autodist.passes.analysis.cost import collective_seconds
 from autodist.passes.analysis.liveness import liveness
 from autodist.passes.base import Context
 from autodist.passes.graph import (
-    evaluate,
+    fill_values,
     is_copy,
     is_view,
     num_bytes,
@@ -79,7 +79,7 @@ class Partition:
             forward, backward = compat.min_cut_rematerialization_partition(joint, inputs, **options)
         num_outputs = options["num_fwd_outputs"]
         for part in (forward, backward):
-            _fill_values(part)
+            fill_values(part)  # of random states, which torch's partitioner saves and restores
         _tensors_first(forward, backward, num_outputs)
         saved = saved_weights(forward, num_outputs)
         kept = self._choose(forward, backward, saved, context)
@@ -132,13 +132,6 @@ class Partition:
                 room -= num_bytes(read)
                 chosen.append(names[read])
         return chosen
-
-
-def _fill_values(part: GraphModule) -> None:
-    """Evaluate what torch's partitioner left without a value: random states, saved and restored."""
-    for node in part.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
-            evaluate(node)
 
 
 def _tensors_first(forward: GraphModule, backward: GraphModule, num_outputs: int) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from autodist.passes.base import PassError
-from autodist.passes.graph import evaluate, output_of, where
+from autodist.passes.graph import fill_values, output_of, where
 from autodist.runtime import compat
 from autodist.runtime.compat import tree_leaves
 from autodist.runtime.gradients import gradients
@@ -88,7 +88,7 @@ def regions_of(step: GraphModule) -> list[Region]:
         regions.append(region)
     _absorb(nodes, regions, owner, after)
     for region in regions:
-        _find_ends(region, nodes)
+        _find_ends(region)
     return regions
 
 
@@ -141,7 +141,7 @@ def _absorb(
             regions[owner[node]].body.append(node)
 
 
-def _find_ends(region: Region, nodes: Sequence[Node]) -> None:
+def _find_ends(region: Region) -> None:
     body = set(region.body)
     outside = [n for node in region.body for n in node.all_input_nodes if n not in body]
     region.inputs = list(dict.fromkeys([*region.leaves, *outside]))
@@ -255,9 +255,7 @@ def joint_of(program: GraphModule, region: Region) -> tuple[GraphModule, tuple[l
         tangent = torch.ones_like(loss)
     graph = compat.trace_joint(torch.fx.Interpreter(program).run, primals, leaves, tangent)
     graph.graph.eliminate_dead_code()
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
-            evaluate(node)
+    fill_values(graph)
     for node, source in zip(graph.graph.find_nodes(op="placeholder"), region.inputs, strict=False):
         if source.op == "placeholder":
             node.meta["desc"] = compat.input_descriptor(source.meta["input"])

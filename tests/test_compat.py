@@ -1054,21 +1054,11 @@ def test_inputs_are_described_as_autograd_describes_them() -> None:
     assert compat.placeholder_index(node) == 3
 
 
-class _Own(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad * 2
-
-
 def test_functions_with_a_backward_of_their_own_are_told_from_operators() -> None:
     from autodist.runtime import dialect
 
     x = torch.ones(2, requires_grad=True)
-    assert compat.is_python_gradient(_Own.apply(x).grad_fn)
+    assert compat.is_python_gradient(_Doubled.apply(x).grad_fn)
     assert not compat.is_python_gradient((x * 2).grad_fn)
     with compat.fake_ranks(2):
         group = dist.group.WORLD.group_name
