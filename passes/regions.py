@@ -356,7 +356,11 @@ class _Builder:
     def _constant(self, part: GraphModule, node: Node) -> Node:
         name = f"_part_constant{self.constants}"
         self.constants += 1
-        setattr(self.made, name, getattr(part, node.target))  # type: ignore[arg-type]
+        value = getattr(part, node.target)  # type: ignore[arg-type]
+        if isinstance(value, torch.Tensor):
+            self.made.register_buffer(name, value)
+        else:
+            setattr(self.made, name, value)
         made = self.made.graph.get_attr(name)
         made.meta = dict(node.meta)
         return made
