@@ -51,6 +51,8 @@ from autodist.passes.regions import (
     Region,
     assembled,
     joint_of,
+    keep_draws,
+    leaf_inputs,
     program_of,
     regions_of,
     returned_outputs,
@@ -217,9 +219,9 @@ class Compilation:
         """What a graph is called that has not been partitioned."""
         return "step" if self.is_step else "forward"
 
-    def split_step(self, step: GraphModule) -> GraphModule:
+    def split_step(self, step: GraphModule, leaves: Sequence[Sequence[int | None]]) -> GraphModule:
         """A functional step with each of its regions transformed, differentiated and partitioned."""
-        regions = regions_of(step)
+        regions = regions_of(step, leaves)
         return assembled(step, regions, [self._region(step, r) for r in regions])
 
     def _region(self, step: GraphModule, region: Region) -> Parts:
@@ -321,7 +323,7 @@ def compile_graph(
 
 def compile_step(captured: Captured, job: Job, kernels: bool = True) -> Callable[..., Sequence[Any]]:
     """A callable for a captured training step: it takes the real ``captured.inputs``, writes into those that
-    the step changes, and returns a list of the program's outputs.
+    the step changes, and returns a list of the program's outputs and of what else it keeps alive.
 
     Without ``kernels`` it is not lowered to Inductor, whatever the plan says.
     """
@@ -332,8 +334,9 @@ def compile_step(captured: Captured, job: Job, kernels: bool = True) -> Callable
     job.at(f"compiling graph {report.number}")
     step, written = functional(captured.graph, captured.inputs)
     with compat.compiling_in(captured.mode):
-        graph = run.transform(run.split_step(step), Phase.STEP_CAPTURED)
+        graph = run.transform(run.split_step(step, leaf_inputs(captured.graph)), Phase.STEP_CAPTURED)
     write_back(graph, written)
+    keep_draws(graph)
     lower = _inductor if job.plan.lowering == "inductor" and kernels and not job.dry_run else _eager
     with captured.mode:
         inputs = [x.detach() for x in captured.inputs]

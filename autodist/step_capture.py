@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
+from autodist.passes.base import StepError
 from autodist.passes.graph import innermost, where
 from autodist.runtime import compat
 from autodist.runtime.compat import local_part, tree_flatten, tree_leaves, tree_unflatten
@@ -42,10 +43,6 @@ from autodist.step_state import Scheduler, State, changed_attribute, hyperparame
 
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__, compat.__file__))
 _FRAMES = 8
-
-
-class StepError(RuntimeError):
-    """A training step does something that a captured program could not do again."""
 
 
 @dataclass(frozen=True)

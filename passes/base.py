@@ -53,6 +53,10 @@ class PassError(RuntimeError):
     """A pass broke its contract, or the list of passes is out of order."""
 
 
+class StepError(RuntimeError):
+    """A training step does something that a captured program could not do again."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """One thing a pass decided: of what (a parameter or node name), what, and why."""

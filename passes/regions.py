@@ -11,13 +11,18 @@ A region is a program as a model's author writes one, so what is done to capture
 it becomes a forward and a backward graph, which take its place (:func:`assembled`). What is left, the
 optimizer and everything else that reads gradients, is *glue*, and stays as it is.
 
-Invariant: two regions share no value that carries a gradient. A step that differentiates one forward twice
-(``retain_graph``) is refused.
+A node belongs to the region whose loss is differentiated through it; one that no loss is differentiated
+through belongs to the first that needs it. So a value that one loss reads detached may be another's.
+
+Invariants: two regions share no value that carries a gradient (a step that differentiates one forward twice,
+``retain_graph``, is refused); random numbers are drawn in the order in which the step draws them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +30,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from autodist.passes.base import PassError
-from autodist.passes.graph import fill_values, output_of, where
+from autodist.passes.base import StepError
+from autodist.passes.graph import fill_values, insert, output_of, where
 from autodist.runtime import compat
 from autodist.runtime.compat import tree_leaves
 from autodist.runtime.gradients import gradients
@@ -52,44 +57,90 @@ class Region:
         return list(self.marker.args[1])  # type: ignore[arg-type]
 
 
-def regions_of(step: GraphModule) -> list[Region]:
-    """The regions of a functional step, in the order of their gradients."""
+def leaf_inputs(step: GraphModule) -> list[list[int | None]]:
+    """Which inputs a step as captured, before writes are taken out of it, asks gradients of: for each
+    ``gradients``, the leaves' positions."""
+    number = {n: i for i, n in enumerate(step.graph.find_nodes(op="placeholder"))}
+    markers = [n for n in step.graph.nodes if n.target is gradients]
+    return [[number.get(leaf) for leaf in m.args[1]] for m in markers]
+
+
+def regions_of(step: GraphModule, leaves: Sequence[Sequence[int | None]]) -> list[Region]:
+    """The regions of a functional step, in the order of their gradients; ``leaves`` as :func:`leaf_inputs`
+    found them. Raises :class:`StepError`."""
     nodes = list(step.graph.nodes)
     for number, node in enumerate(step.graph.find_nodes(op="placeholder")):
         node.meta["input"] = number
-    after = _after_gradients(nodes)
-    enabled = _grad_enabled(nodes)
+    after, enabled = _after_gradients(nodes), _grad_enabled(nodes)
+    regions = [Region(n) for n in nodes if n.target is gradients]
+    followed = [_differentiable(nodes, set(r.leaves), enabled) for r in regions]
     owner: dict[Node, int] = {}
-    carrying: dict[Node, int] = {}
-    regions = []
-    for number, marker in enumerate(n for n in nodes if n.target is gradients):
-        region = Region(marker)
-        leaves = set(region.leaves)
-        differentiable = _differentiable(nodes, leaves, enabled)
-        needed: set[Node] = set()
+    for number, region in enumerate(regions):
+        carrying = _carrying(region, followed[number], owner)
+        _refuse_lost_gradients(step, region, leaves[number], carrying)
+        for node in carrying.difference(region.leaves):
+            owner |= dict.fromkeys([node, *_results(node)], number)
+    for number, region in enumerate(regions):
+        seen: set[Node] = set(region.leaves)
         frontier = [region.loss]
         while frontier:
             node = frontier.pop()
-            if node in needed or node in leaves or node.op in ("placeholder", "get_attr"):
+            if node in seen or owner.get(node, number) != number or node.op in ("placeholder", "get_attr"):
                 continue
-            if node in carrying and node in differentiable and owner[node] != number:
-                raise PassError(
-                    f"two losses of the step depend on '{node.name}' ({where(node)}), which is "
-                    "differentiated twice. Add the losses up and call backward once, or detach the value in "
-                    "one of them."
-                )
-            if node in owner or (node in after and node not in differentiable):
+            if node in after and node not in followed[number]:
                 continue
-            needed.add(node)
+            seen.add(node)
+            owner |= dict.fromkeys([node, *_results(node)], number)
             frontier += node.all_input_nodes
-        region.body = [n for n in nodes if n in needed]
-        owner |= dict.fromkeys(needed, number)
-        carrying |= dict.fromkeys(needed & differentiable, number)
-        regions.append(region)
-    _absorb(nodes, regions, owner, after)
-    for region in regions:
+    _absorb(nodes, owner, after)
+    for number, region in enumerate(regions):
+        region.body = [n for n in nodes if owner.get(n) == number]
         _find_ends(region)
     return regions
+
+
+def _results(node: Node) -> list[Node]:
+    """The results of an operator that has several; they are never apart from it."""
+    return [u for u in node.users if u.target is operator.getitem]
+
+
+def _carrying(region: Region, followed: set[Node], owner: dict[Node, int]) -> set[Node]:
+    """What the loss is differentiated through, with the leaves; ``owner`` has that of earlier regions."""
+    found: set[Node] = set()
+    leaves = set(region.leaves)
+    frontier = [region.loss]
+    while frontier:
+        node = frontier.pop()
+        if node in found or not (node in leaves or node in followed):
+            continue
+        found.add(node)
+        if node in leaves:
+            continue
+        if node in owner:
+            raise StepError(
+                f"two losses of the step depend on '{node.name}' ({where(node)}), which is differentiated "
+                "twice. Add the losses up and call backward once, or detach the value in one of them."
+            )
+        frontier += node.all_input_nodes
+    return found
+
+
+def _refuse_lost_gradients(
+    step: GraphModule, region: Region, inputs: Sequence[int | None], carrying: set[Node]
+) -> None:
+    """Autograd has followed the loss to every leaf as it was then. The leaves here are as they are at the
+    backward: what the loss has read of one before it was changed would be given no gradient."""
+    placeholders = step.graph.find_nodes(op="placeholder")
+    for leaf, number in zip(region.leaves, inputs, strict=True):
+        former = None if number is None or placeholders[number] is leaf else placeholders[number]
+        stale = next((n for n in carrying.difference(region.leaves) if former in n.all_input_nodes), None)
+        if leaf not in carrying or stale is not None:
+            raise StepError(
+                f"backward ({where(region.marker)}) differentiates a loss for a parameter of shape "
+                f"{tuple(leaf.meta['val'].shape)} that has been changed since the loss read it"
+                f"{'' if stale is None else f' ({where(stale)})'}. Call backward before the parameter is "
+                "changed (optimizer.step()), or compute the loss again."
+            )
 
 
 def _after_gradients(nodes: Sequence[Node]) -> set[Node]:
@@ -117,9 +168,26 @@ def _differentiable(nodes: Sequence[Node], leaves: set[Node], enabled: set[Node]
     for node in nodes:
         if node not in enabled or node.target in (_aten.detach.default, gradients):
             continue
-        if any(n in found or n in leaves for n in node.all_input_nodes) and _has_gradients(node):
+        if _is_statistic(node) or not _has_gradients(node):
+            continue
+        if any(n in found or n in leaves for n in node.all_input_nodes):
             found.add(node)
     return found
+
+
+_STATISTICS = {
+    _aten._native_batch_norm_legit_functional.default: 3,
+    _aten._batch_norm_with_update_functional.default: 4,
+}
+"""Norms without writes, and from which result on they return running statistics."""
+
+
+def _is_statistic(node: Node) -> bool:
+    """Whether a node is a norm's new running statistic, which a norm writes without autograd."""
+    if node.target is not operator.getitem:
+        return False
+    norm, number = node.args
+    return number >= _STATISTICS.get(norm.target, sys.maxsize)  # type: ignore[operator, union-attr]
 
 
 def _has_gradients(node: Node) -> bool:
@@ -127,18 +195,16 @@ def _has_gradients(node: Node) -> bool:
     return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)
 
 
-def _absorb(
-    nodes: Sequence[Node], regions: Sequence[Region], owner: dict[Node, int], after: set[Node]
-) -> None:
+def _absorb(nodes: Sequence[Node], owner: dict[Node, int], after: set[Node]) -> None:
     """Give regions what is computed from their values alone: a metric, say, read after the backward."""
     for node in nodes:
         if node.op != "call_function" or node in owner or node in after or compat.sets_mode(node.target):
             continue
         of = {owner[n] for n in node.all_input_nodes if n in owner}
         others = [n for n in node.all_input_nodes if n not in owner and n.op != "placeholder"]
-        if len(of) == 1 and not others:
+        # What is drawn stays outside: a region would drop it where nothing reads it.
+        if len(of) == 1 and not others and not compat.is_random(node.target):
             owner[node] = of.pop()
-            regions[owner[node]].body.append(node)
 
 
 def _find_ends(region: Region) -> None:
@@ -165,6 +231,8 @@ def program_of(step: GraphModule, region: Region) -> GraphModule:
         env[node].meta = dict(node.meta)
         env[node].meta["example_value"] = _leaf(node) if node in leaves else node.meta["val"]
     region.inputs = [n for n in region.inputs if n not in constants]
+    for number, node in enumerate(n for n in region.body if compat.is_random(n.target)):
+        compat.annotate(node, _DRAW, number)
     wanted, modes = set(region.body), _Modes(graph)
     last = region.body[-1]
     for node in step.graph.nodes:
@@ -287,25 +355,30 @@ def assembled(step: GraphModule, regions: Sequence[Region], parts: Sequence[Part
 
 
 class _Builder:
+    """Copies the step's nodes in their order; of a forward, as much as what comes next needs."""
+
     def __init__(
         self, step: GraphModule, made: GraphModule, regions: Sequence[Region], parts: Sequence[Parts]
     ) -> None:
         self.step, self.made = step, made
         self.env: dict[Node, Any] = {}
-        self.regions, self.parts = regions, parts
+        self.parts = parts
         self.inside = {n: i for i, r in enumerate(regions) for n in r.body}
         self.markers = {r.marker: i for i, r in enumerate(regions)}
-        self.saved: dict[int, dict[str, Node]] = {}
+        self.forwards = [_Forward(r, p.forward) for r, p in zip(regions, parts, strict=True)]
         self.constants = 0
 
     def add(self, node: Node) -> None:
-        if node in self.inside or compat.sets_mode(node.target) or compat.is_profiling(node.target):
+        if compat.sets_mode(node.target) or compat.is_profiling(node.target):
+            return
+        if node in self.inside:
+            forward = self.forwards[self.inside[node]]
+            self._advance(forward, forward.draws.get(_draw(node), []))
             return
         for needed in node.all_input_nodes:
-            if needed in self.inside:
-                self._forward(self.inside[needed])
+            self._need(needed)
         if node in self.markers:
-            self._backward(self.markers[node])
+            self._backward(node, self.markers[node])
         elif node.op == "call_function" and isinstance(node.args[0] if node.args else None, Node) and (
             node.args[0] in self.markers
         ):
@@ -315,43 +388,64 @@ class _Builder:
         else:
             self.env[node] = self.made.graph.node_copy(node, self.env.__getitem__)
 
-    def _forward(self, number: int) -> None:
-        if number in self.saved:
-            return
-        region, part = self.regions[number], self.parts[number].forward
-        for needed in region.inputs:
-            if needed in self.inside:
-                self._forward(self.inside[needed])
-        inputs = [self.env[n] for n in region.inputs]
-        results = self._inline(part, inputs)
-        count = len(region.outputs)
-        self.env |= dict(zip(region.outputs, results[:count], strict=True))
-        saved = output_of(part).args[0][count:]  # type: ignore[index]
-        self.saved[number] = {n.name: r for n, r in zip(saved, results[count:], strict=True)}
+    def _need(self, node: Node) -> None:
+        """Have the value of a node of the step."""
+        if node in self.inside and node not in self.env:
+            forward = self.forwards[self.inside[node]]
+            result = forward.results[node]
+            self._advance(forward, [result])
+            self.env[node] = forward.env[result]
 
-    def _backward(self, number: int) -> None:
-        self._forward(number)
-        region, part = self.regions[number], self.parts[number].backward
-        loss = region.loss.meta["val"]
+    def _advance(self, forward: _Forward, wanted: Sequence[Node], to_the_end: bool = False) -> None:
+        """Copy what ``wanted`` needs of a forward, and what stands before it and can be computed by now: all
+        but what is drawn later in the step or reads what comes later."""
+        needed = forward.missing(wanted)
+        for node in needed & forward.sources.keys():
+            self._need(forward.sources[node])
+            forward.env[node] = self.env[forward.sources[node]]
+        for node, source in forward.sources.items():
+            if source in self.env:
+                forward.env[node] = self.env[source]
+        left = []
+        count = sum(n in needed for n in forward.left)
+        for i, node in enumerate(forward.left):
+            if count == 0 and not to_the_end:
+                left += forward.left[i:]
+                break
+            count -= node in needed
+            ready = all(n in forward.env for n in node.all_input_nodes)
+            if node in needed or (ready and _draw(node) is None):
+                forward.env[node] = self._copy(forward.graph, node, forward.env)
+            else:
+                left.append(node)
+        forward.left = left
+
+    def _backward(self, marker: Node, number: int) -> None:
+        forward, part = self.forwards[number], self.parts[number].backward
+        self._advance(forward, forward.saved, to_the_end=True)
+        loss = forward.region.loss.meta["val"]
         one = insert_full(self.made.graph, loss)
-        saved = self.saved[number]
+        saved = {n.name: forward.env[n] for n in forward.saved}
         placeholders = part.graph.find_nodes(op="placeholder")
         taken = {n.name for n in placeholders}
         # Random states go by other names where they are taken.
         others = iter([v for name, v in saved.items() if name not in taken])
         inputs = [one if compat.is_tangent(n) else saved.get(n.name) or next(others) for n in placeholders]
-        self.env[region.marker] = self._inline(part, inputs)  # type: ignore[assignment]
+        self.env[marker] = self._inline(part, inputs)
 
     def _inline(self, part: GraphModule, inputs: Sequence[Node]) -> list[Any]:
         env: dict[Node, Any] = dict(zip(part.graph.find_nodes(op="placeholder"), inputs, strict=True))
         for node in part.graph.nodes:
             if node.op == "output":
                 return [env[n] if isinstance(n, Node) else n for n in node.args[0]]
-            if node.op == "get_attr":
-                env[node] = self._constant(part, node)
-            elif node not in env:
-                env[node] = self.made.graph.node_copy(node, env.__getitem__)
+            if node not in env:
+                env[node] = self._copy(part, node, env)
         raise AssertionError("a graph without an output")
+
+    def _copy(self, part: GraphModule, node: Node, env: dict[Node, Any]) -> Node:
+        if node.op == "get_attr":
+            return self._constant(part, node)
+        return self.made.graph.node_copy(node, env.__getitem__)
 
     def _constant(self, part: GraphModule, node: Node) -> Node:
         name = f"_part_constant{self.constants}"
@@ -366,6 +460,43 @@ class _Builder:
         return made
 
 
+class _Forward:
+    """A region's forward part while it is copied: ``left`` is what has not been, ``env`` what has become of
+    the rest."""
+
+    def __init__(self, region: Region, graph: GraphModule) -> None:
+        self.region, self.graph = region, graph
+        self.env: dict[Any, Any] = {}
+        self.sources = dict(zip(graph.graph.find_nodes(op="placeholder"), region.inputs, strict=True))
+        self.left = [n for n in graph.graph.nodes if n.op not in ("placeholder", "output")]
+        returned: Any = output_of(graph).args[0]
+        self.results = dict(zip(region.outputs, returned, strict=False))
+        self.saved: list[Node] = list(returned[len(region.outputs) :])
+        self.draws: dict[int | None, list[Node]] = {}
+        for node in self.left:
+            if _draw(node) is not None:
+                self.draws.setdefault(_draw(node), []).append(node)
+
+    def missing(self, wanted: Sequence[Node]) -> set[Node]:
+        """What ``wanted`` needs and is not there yet."""
+        found: set[Node] = set()
+        frontier = list(wanted)
+        while frontier:
+            node = frontier.pop()
+            if node not in found and node not in self.env:
+                found.add(node)
+                frontier += node.all_input_nodes
+        return found
+
+
+def _draw(node: Node) -> int | None:
+    """The number of the region's draw that a node of its body, or of its forward part, makes."""
+    return compat.annotations(node).get(_DRAW) if compat.is_random(node.target) else None
+
+
+_DRAW = "autodist_draw"
+
+
 def write_back(step: GraphModule, written: Sequence[int]) -> None:
     """Let a step write its last outputs, the new values of its inputs ``written``, into those."""
     output = output_of(step)
@@ -378,6 +509,28 @@ def write_back(step: GraphModule, written: Sequence[int]) -> None:
             copy.meta["val"] = inputs[position].meta["val"]
     output.args = (tuple(values[:count]),)
     step.recompile()
+
+
+def keep_draws(step: GraphModule) -> None:
+    """Have a step return something of each random draw that nothing reads, after all else: it would be
+    dropped as dead code, and what is drawn next would be other numbers."""
+    output = output_of(step)
+    alive: set[Node] = set()
+    for node in reversed(step.graph.nodes):
+        if node is output or node in alive or compat.is_mutating(node.target):
+            alive |= {node, *node.all_input_nodes}
+    unread = [n for n in step.graph.nodes if compat.is_random(n.target) and n not in alive]
+    with step.graph.inserting_before(output):
+        kept = [insert(step.graph, _aten.new_empty.default, (_first_result(n), [0])) for n in unread]
+    output.args = ((*output.args[0], *kept),)  # type: ignore[misc]
+    step.recompile()
+
+
+def _first_result(node: Node) -> Node:
+    """A tensor that an operator returns."""
+    if isinstance(node.meta["val"], torch.Tensor):
+        return node
+    return insert(node.graph, operator.getitem, (node, 0))
 
 
 def insert_full(graph: Graph, like: torch.Tensor) -> Node:
@@ -395,6 +548,8 @@ __all__ = [
     "Region",
     "assembled",
     "joint_of",
+    "keep_draws",
+    "leaf_inputs",
     "program_of",
     "regions_of",
     "returned_outputs",

@@ -388,6 +388,15 @@ def saved_tags() -> dict[str, Any]:
     return {"recompute": CheckpointPolicy.MUST_SAVE, "ac_graph_id": 0}
 
 
+def annotate(node: torch.fx.Node, key: str, value: Any) -> None:
+    """Note something on a node that goes over to what is traced of it."""
+    node.meta["custom"] = {**annotations(node), key: value}
+
+
+def annotations(node: torch.fx.Node) -> dict[str, Any]:
+    return node.meta.get("custom") or {}
+
+
 def checkpoint_policy(body: torch.fx.GraphModule) -> Callable[[Any, Any, Any], Any] | None:
     """What a user's selective checkpoint wants done with an operator's result, or None.
 

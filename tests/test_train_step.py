@@ -352,6 +352,112 @@ def test_what_a_step_may_do(ranks: int) -> None:
     run_ranks(possibilities, ranks)
 
 
+class Pair(nn.Module):
+    """Two networks that are trained by losses of their own, with batch norms if asked for."""
+
+    def __init__(self, norms: bool = False) -> None:
+        super().__init__()
+
+        def part(outputs: int) -> nn.Module:
+            middle = nn.BatchNorm1d(9) if norms else nn.GELU()
+            return nn.Sequential(nn.Linear(7, 9, bias=False), middle, nn.Tanh(), nn.Linear(9, outputs))
+
+        self.a, self.b = part(7), part(1)
+
+
+def one_each(model: Any) -> tuple[Any, ...]:
+    return torch.optim.SGD(model.a.parameters(), lr=0.1), torch.optim.SGD(model.b.parameters(), lr=0.1)
+
+
+def descend(loss: Tensor, optimizer: Any) -> Tensor:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def adversarial(model: Any, oa: Any, ob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """One forward of the first network, detached for the second's loss."""
+    made = model.a(x.flip(-1))
+    other = descend(F.softplus(model.b(made.detach())).mean() + F.softplus(-model.b(x)).mean(), ob)
+    return other, descend(F.softplus(-model.b(made)).mean(), oa)
+
+
+def critic(model: Any, oa: Any, ob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The second network's error, detached, weighs the first's loss, which comes first."""
+    error = x.sum(-1) - model.b(x).squeeze(-1)
+    actor = descend(-(model.a(x).log_softmax(-1)[:, 0] * error.detach()).mean(), oa)
+    return actor, descend(error.square().mean(), ob)
+
+
+def probed(model: Any, oa: Any, ob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    made = model.a(x)
+    probe = descend(model.b(made.detach()).square().mean(), ob)
+    return probe, descend(F.mse_loss(made, x.flip(-1)), oa)
+
+
+def shared_without_gradients(model: Any, oa: Any, ob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    made = model.a(x)
+    with torch.no_grad():
+        target = made.mean(-1, keepdim=True) * 2
+    return descend((model.b(x) - target).square().mean(), ob), descend(made.square().mean(), oa)
+
+
+def weighted_by_another(model: Any, oa: Any, ob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = model.a(x).square().mean(), model.b(x).square().mean()
+    return descend(second * first.detach(), ob), descend(first, oa)
+
+
+def detached_target(model: Any, oa: Any, ob: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both losses are for one network, and share a forward that one of them takes as it is."""
+    made = model.a(x)
+    first = (model.a[0].weight.sum() * 0.1 - made.detach().mean()).square()
+    first.backward()
+    second = made.square().mean()
+    second.backward()
+    oa.step()
+    oa.zero_grad()
+    return first.detach(), second.detach()
+
+
+def regions() -> None:
+    batches = [(x_of(n, 6),) for n in range(3)]
+    several = (adversarial, critic, probed, shared_without_gradients, weighted_by_another, detached_target)
+    for function in several:
+        side_by_side(Pair, one_each, function, batches)
+    side_by_side(lambda: Pair(norms=True), one_each, probed, batches)
+    side_by_side(lambda: Pair(norms=True), one_each, adversarial, batches)
+
+
+def accumulated(model: nn.Module, optimizer: Any, batch: Batch) -> Tensor:
+    """A forward with running statistics for each half of a batch."""
+    total = torch.zeros(())
+    for half in (0, 1):
+        loss = model(**{k: v[3 * half : 3 * half + 3] for k, v in batch.items()}) / 2
+        loss.backward()
+        total = total + loss.detach()
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def test_losses_that_share_values() -> None:
+    run_ranks(regions, 1)
+
+
+def regions_of_ranks() -> None:
+    """The same batch on every rank: what one process does."""
+    batches = [(x_of(n, 6),) for n in range(2)]
+    side_by_side(Pair, one_each, adversarial, batches)
+    side_by_side(lambda: Pair(norms=True), one_each, critic, batches)
+    batch = net_batch(torch.Generator().manual_seed(0))
+    side_by_side(Net, lambda m: (torch.optim.SGD(m.parameters(), lr=0.1),), accumulated, [(batch,)] * 2)
+
+
+def test_losses_that_share_values_on_ranks() -> None:
+    run_ranks(regions_of_ranks, 2)
+
+
 # --- composition -----------------------------------------------------------------------------------
 
 
@@ -580,6 +686,13 @@ def twice(model: nn.Module, optimizer: Any, x: Tensor) -> None:
     (loss * 2).backward()
 
 
+def after_its_step(model: Any, optimizer: Any, x: Tensor) -> None:
+    first, second = model(x), model.up.weight.sum()
+    first.backward()
+    optimizer.step()
+    second.backward()
+
+
 def engine(model: nn.Module, optimizer: Any, x: Tensor) -> None:
     torch.autograd.grad(model(x), list(model.parameters()))
 
@@ -644,7 +757,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], list[str]]
     "hook": (hooks, Mlp, ["registers a hook", "test_train_step.py"]),
     "counter": (lambda m, o, x: m(x).backward(), Counts, ["changes 'calls', a Python value of a Counts"]),
     "own gradient": (own_gradient, Mlp, ["Double", "torch.library.custom_op"]),
-    "twice": (twice, Mlp, ["differentiated twice", "Add the losses up"]),
+    "twice": (twice, Mlp, ["differentiated twice", "Add the losses up", "test_train_step.py"]),
+    "late": (after_its_step, Mlp, ["changed since the loss read it", "test_train_step.py"]),
     "grad": (engine, Mlp, ["torch.autograd.grad", "test_train_step.py"]),
     "rate": (sets_rate, Mlp, ["changes 'lr' of a parameter group", "scheduler"]),
     "momentum": (sets_momentum, Mlp, ["changes 'momentum' of a parameter group"]),
@@ -663,7 +777,7 @@ def refusals(names: Sequence[str]) -> dict[str, str]:
         model = build()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         step = autodist.train_step(plan=EAGER)(function)
-        found[name] = refusal(Exception, lambda step=step, m=model, o=optimizer: step(m, o, x_of(0)))
+        found[name] = refusal(autodist.StepError, lambda step=step, m=model, o=optimizer: step(m, o, x_of(0)))
         assert all(p.grad is None for p in model.parameters()), "nothing was done"
     return found
 
