@@ -39,7 +39,14 @@ from autodist.runtime import compat
 from autodist.runtime.compat import local_part, tree_flatten, tree_leaves, tree_unflatten
 from autodist.runtime.gradients import gradients
 from autodist.runtime.parameters import captured_parameter
-from autodist.step_state import Scheduler, State, changed_attribute, hyperparameters, outside_values
+from autodist.step_state import (
+    Scheduler,
+    State,
+    changed_attribute,
+    hyperparameters,
+    named_objects,
+    outside_values,
+)
 
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__, compat.__file__))
 _FRAMES = 8
@@ -139,12 +146,18 @@ class _Capture:
     def run(self) -> Captured:
         before, outside = self.state.snapshot(), copy.deepcopy(self._outside())
         drawn = _random_states()
+        self.watch.generators = self._generators()
+        states = [g.get_state() for g in self.watch.generators]
         scheduled = [(s, copy.copy(vars(s))) for s in self.state.roots.schedulers]
         try:
+            self.watch.seed()
             self.made.graph = compat.trace_step(self._traced, self.made.inputs, self.made.mode, self.watch)
         except Exception as error:
             _explain(error)
             raise
+        finally:
+            for generator, seeded in zip(self.watch.generators, states, strict=True):
+                generator.set_state(seeded)
         self._refuse_changes(before, scheduled)
         self._refuse_constants()
         if self._outside() != outside:
@@ -161,6 +174,14 @@ class _Capture:
             )
         self.made.policies = self.watch.policies
         return self.made
+
+    def _generators(self) -> list[torch.Generator]:
+        """Those that torch draws from unless it is given another, and those that the step is given."""
+        ours = [torch.default_generator]
+        if torch.cuda.is_initialized():
+            ours += torch.cuda.default_generators
+        given = [*self.leaves, *named_objects(self.function).values()]
+        return [*ours, *(x for x in given if isinstance(x, torch.Generator))]
 
     def _outside(self) -> list[Any]:
         return outside_values(self.function, [x for x in self.leaves if not isinstance(x, Tensor)])
@@ -184,6 +205,7 @@ class _Capture:
             written = [(r, compat.times_written(r)) for r in rates]
             with self.watch.of(state.roots.optimizers):
                 result = self.function(*args, **kwargs)
+                self.watch.refuse_seeds("in its last lines")
             _refuse_settings(settings, written, state)
             for leaf, parameter in zip(leaves, parameters, strict=True):
                 if leaf is not parameter and leaf.grad is not None:
@@ -309,6 +331,9 @@ def _as(real: Tensor, fake: Tensor) -> Tensor:
 # --- while the step runs ---------------------------------------------------------------------------
 
 
+_SEED = 0x5EED_0F_A_57E9  # and what follows: not a user's
+
+
 class Watch(TorchFunctionMode):
     """Sees every call of torch that the step makes.
 
@@ -322,12 +347,15 @@ class Watch(TorchFunctionMode):
         self.policies: dict[int, Any] = {}
         self.regions: dict[int, tuple[int, Any]] = {}
         self.rescheduled = False
+        self.generators: list[torch.Generator] = []
+        self.seeded = _SEED
         self.seen: Node | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.refuse_seeds()
         if func is Tensor.backward:
             self.backward(*args, **kwargs)
             result = None
@@ -339,7 +367,24 @@ class Watch(TorchFunctionMode):
         else:
             result = func(*args, **kwargs)
         self._describe()
+        self.seed()
         return result
+
+    def seed(self) -> None:
+        """Seed generators with another number at every call of torch: what sets one, or puts it back to what
+        it was, is seen. Without data nothing is drawn from them."""
+        self.seeded += 1
+        for generator in self.generators:
+            generator.manual_seed(self.seeded)
+
+    def refuse_seeds(self, place: str = "") -> None:
+        """Refuse a generator that the step has set since :meth:`seed`."""
+        if any(g.initial_seed() != self.seeded for g in self.generators):
+            raise StepError(
+                "the step seeds one of torch's random generators, or puts its state back (fork_rng), "
+                f"{place or 'before ' + line_of_user()}. A captured step runs its Python only once, so later "
+                "runs would draw other numbers. Seed outside of the step."
+            )
 
     @contextlib.contextmanager
     def of(self, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:

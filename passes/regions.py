@@ -232,7 +232,7 @@ def program_of(step: GraphModule, region: Region) -> GraphModule:
         env[node].meta["example_value"] = _leaf(node) if node in leaves else node.meta["val"]
     region.inputs = [n for n in region.inputs if n not in constants]
     for number, node in enumerate(n for n in region.body if compat.is_random(n.target)):
-        compat.annotate(node, _DRAW, number)
+        compat.note(node, _DRAW, number)
     wanted, modes = set(region.body), _Modes(graph)
     last = region.body[-1]
     for node in step.graph.nodes:
@@ -491,7 +491,7 @@ class _Forward:
 
 def _draw(node: Node) -> int | None:
     """The number of the region's draw that a node of its body, or of its forward part, makes."""
-    return compat.annotations(node).get(_DRAW) if compat.is_random(node.target) else None
+    return compat.notes(node).get(_DRAW) if compat.is_random(node.target) else None
 
 
 _DRAW = "autodist_draw"

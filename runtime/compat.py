@@ -251,7 +251,8 @@ def trace_joint(
     """Forward and backward of ``function`` as one functional graph of (primals, tangents).
 
     It returns what ``function(*primals)`` does, then the gradients of the first result with respect to the
-    primals ``leaves``. Operators are those that Inductor takes.
+    primals ``leaves``. Operators are those that Inductor takes, but that random ones are left whole: taken
+    apart they draw other numbers.
     """
     import torch.fx.traceback
     from torch._inductor.decomposition import select_decomp_table
@@ -272,7 +273,8 @@ def trace_joint(
     def joint(primals: list[Any], tangents: list[Any]) -> Any:
         return functional(primals, tangents)
 
-    trace = make_fx(joint, select_decomp_table(), tracing_mode="real", _allow_non_fake_inputs=True)
+    table = {op: rule for op, rule in select_decomp_table().items() if not is_random(op)}
+    trace = make_fx(joint, table, tracing_mode="real", _allow_non_fake_inputs=True)
     with (
         fake_mode_of([tangent]) or contextlib.nullcontext(),
         torch.enable_grad(),
@@ -388,12 +390,12 @@ def saved_tags() -> dict[str, Any]:
     return {"recompute": CheckpointPolicy.MUST_SAVE, "ac_graph_id": 0}
 
 
-def annotate(node: torch.fx.Node, key: str, value: Any) -> None:
+def note(node: torch.fx.Node, key: str, value: Any) -> None:
     """Note something on a node that goes over to what is traced of it."""
-    node.meta["custom"] = {**annotations(node), key: value}
+    node.meta["custom"] = {**notes(node), key: value}
 
 
-def annotations(node: torch.fx.Node) -> dict[str, Any]:
+def notes(node: torch.fx.Node) -> dict[str, Any]:
     return node.meta.get("custom") or {}
 
 

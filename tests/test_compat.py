@@ -814,10 +814,10 @@ def test_tracing_before_autograd_keeps_operators_whole_and_their_tags() -> None:
     calls = [n for n in again.graph.nodes if n.op == "call_function"]
     assert calls and all(n.meta["ac_graph_id"] == 7 and "recompute" in n.meta for n in calls)
     for node in graph.graph.nodes:
-        compat.annotate(node, "autodist_test", 5)
+        compat.note(node, "autodist_test", 5)
     again = _traced(torch.fx.Interpreter(graph).run, (1, 2, 4, 3), (3, 3))
     calls = [n for n in again.graph.nodes if n.op == "call_function"]
-    assert calls and all(compat.annotations(n) == {"autodist_test": 5} for n in calls)
+    assert calls and all(compat.notes(n) == {"autodist_test": 5} for n in calls)
 
 
 def test_plain_tracing() -> None:

@@ -445,6 +445,36 @@ def test_losses_that_share_values() -> None:
     run_ranks(regions, 1)
 
 
+def random_steps(model: Any, optimizer: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Draws that nothing reads, losses differentiated in the other order, and draws beside the forwards."""
+    torch.rand(3)
+    first = model(x + torch.empty_like(x).normal_(std=0.1))
+    F.dropout(model.up(x), 0.5)
+    second = model(x) + F.rrelu(model.up(x), training=True).mean() + F.gumbel_softmax(model.up(x)).std()
+    torch.randperm(5)
+    second.backward()
+    first.backward()
+    model.up.bias.grad.add_(torch.randn(9) * 0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+    return first.detach(), second.detach(), torch.rand(2)
+
+
+def given_a_generator(model: Any, optimizer: Any, generator: torch.Generator, x: Tensor) -> Tensor:
+    return plain(model, optimizer, {"x": x + torch.randn(x.shape, generator=generator)})
+
+
+def draws_as_written() -> None:
+    batches = [(x_of(n),) for n in range(3)]
+    side_by_side(lambda: Mlp(0.5), with_sgd, random_steps, batches)
+    generator = torch.Generator
+    side_by_side(Mlp, lambda m: (*with_sgd(m), generator()), given_a_generator, batches)
+
+
+def test_random_numbers_are_those_of_the_function() -> None:
+    run_ranks(draws_as_written, 1)
+
+
 def regions_of_ranks() -> None:
     """The same batch on every rank: what one process does."""
     batches = [(x_of(n, 6),) for n in range(2)]
@@ -735,6 +765,25 @@ class Around:
 FIXED = torch.ones(7)
 
 
+GENERATOR = torch.Generator()
+
+
+def seeds(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    torch.manual_seed(7)
+    model(x + torch.randn_like(x)).backward()
+
+
+def forks(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    with torch.random.fork_rng():
+        noise = torch.randn_like(x)
+    model(x + noise).backward()
+
+
+def seeds_its_own(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    model(x).backward()
+    GENERATOR.manual_seed(3)
+
+
 def counts(model: nn.Module, optimizer: Any, x: Tensor) -> None:
     model(x).backward()
     Around.calls += 1
@@ -763,6 +812,9 @@ REFUSED: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], list[str]]
     "rate": (sets_rate, Mlp, ["changes 'lr' of a parameter group", "scheduler"]),
     "momentum": (sets_momentum, Mlp, ["changes 'momentum' of a parameter group"]),
     "random": (draws, Mlp, ["Python's or numpy's generator"]),
+    "seed": (seeds, Mlp, ["seeds one of torch's random generators", "test_train_step.py"]),
+    "fork": (forks, Mlp, ["puts its state back", "test_train_step.py"]),
+    "own generator": (seeds_its_own, Mlp, ["seeds one of", "in its last lines"]),
     "outside": (counts, Mlp, ["changes 'Around'"]),
     "global tensor": (uses_a_global_tensor, Mlp, ["not given", "test_train_step.py", "dict(batch)"]),
     "object": (in_an_object, Mlp, ["returns a Held that holds tensors"]),
@@ -777,8 +829,10 @@ def refusals(names: Sequence[str]) -> dict[str, str]:
         model = build()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         step = autodist.train_step(plan=EAGER)(function)
+        state = torch.get_rng_state()
         found[name] = refusal(autodist.StepError, lambda step=step, m=model, o=optimizer: step(m, o, x_of(0)))
         assert all(p.grad is None for p in model.parameters()), "nothing was done"
+        assert torch.equal(torch.get_rng_state(), state)
     return found
 
 
