@@ -36,9 +36,9 @@ from torch.overrides import TorchFunctionMode
 from autodist.passes.base import StepError
 from autodist.passes.graph import innermost, where
 from autodist.runtime import compat
-from autodist.runtime.compat import local_part, tree_flatten, tree_leaves, tree_unflatten
+from autodist.runtime.compat import local_part, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from autodist.runtime.gradients import gradients
-from autodist.runtime.parameters import captured_parameter
+from autodist.runtime.parameters import captured_parameter, is_captured, unshard
 from autodist.step_state import (
     Scheduler,
     State,
@@ -362,8 +362,12 @@ class Watch(TorchFunctionMode):
         elif func in _REFUSED:
             raise StepError(f"{_REFUSED[func]}: {line_of_user()}")
         elif any(isinstance(x, DTensor) for x in tree_leaves((args, kwargs))):
-            with compat.recording_below_autograd():
+            if _is_followed(func, (args, kwargs)):
+                args, kwargs = tree_map(_whole, (args, kwargs))
                 result = func(*args, **kwargs)
+            else:
+                with compat.recording_below_autograd():
+                    result = func(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
         self._describe()
@@ -477,6 +481,37 @@ class Watch(TorchFunctionMode):
             self.policies[number] = policy
         return compat.checkpoint_tags(number)
 
+
+def _is_followed(func: Any, arguments: Any) -> bool:
+    """Whether autograd follows a call: it computes with a parameter, or with what was computed of one."""
+    if not torch.is_grad_enabled() or func in _ON_SHARDS:
+        return False
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__") and func not in _VIEWS:
+        return False
+    if name.endswith("_") and not name.endswith("__"):  # in place: what a parameter is left with
+        return False
+    tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+    return any(x.requires_grad and (is_captured(x) or not isinstance(x, DTensor)) for x in tensors)
+
+
+def _whole(value: Any) -> Any:
+    """A DTensor's whole value; of a parameter, differentiable with respect to it."""
+    if not isinstance(value, DTensor):
+        return value
+    if is_captured(value):
+        return unshard(value)
+    with compat.recording_below_autograd():
+        return value.full_tensor()
+
+
+_VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+_ON_SHARDS = {
+    Tensor.detach, Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.new_zeros,
+    Tensor.new_ones, Tensor.new_empty, Tensor.new_full, torch.zeros_like, torch.ones_like, torch.empty_like,
+    torch.full_like, torch.rand_like, torch.randn_like,
+}  # fmt: skip
+"""What says nothing of a parameter's value that a gradient would go through."""
 
 _REFUSED = {
     torch.autograd.grad: "the step calls torch.autograd.grad, whose results may be differentiated again",

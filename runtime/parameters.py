@@ -105,6 +105,11 @@ def captured_parameter(parameter: nn.Parameter, leaf: Tensor) -> Tensor:
     return compat.mark_parameter(made)
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether a tensor stands for a sharded parameter in a step being captured."""
+    return hasattr(tensor, "_autodist_leaf")
+
+
 def whole_value(parameter: Tensor) -> Tensor:
     """A plain tensor, the caller's own, of a parameter's whole value; collective."""
     with torch.no_grad():

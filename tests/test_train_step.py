@@ -475,6 +475,33 @@ def test_random_numbers_are_those_of_the_function() -> None:
     run_ranks(draws_as_written, 1)
 
 
+def penalised(model: Any, optimizer: Any, anchors: list[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """Penalties of the parameters themselves: their squares, their distance to a copy, a vector of all."""
+    squares = sum(p.square().sum() for p in model.parameters())
+    pairs = zip(model.parameters(), anchors, strict=True)
+    distances = sum(((p - a).square() * a.abs()).sum() for p, a in pairs)
+    gram = (model.down.weight @ next(p for p in model.parameters() if p.dim() > 1).T.mT).mean()
+    size = nn.utils.parameters_to_vector(model.parameters()).abs().sum()
+    loss = model(x) + 0.1 * squares + 0.2 * distances + 0.1 * gram + 0.01 * size
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+    for a, p in zip(anchors, model.parameters(), strict=True):
+        a.mul_(0.9).add_(p.detach(), alpha=0.1)
+    return loss.detach(), norm
+
+
+def penalties() -> None:
+    for options in ({}, {"zero": 1, "sp": 2}):
+        batches = [(x_of(n, 8).view(2, 4, 7),) for n in range(2)]
+        side_by_side(Mlp, averages, penalised, batches, {**EAGER, **options})
+
+
+def test_penalties_of_parameters() -> None:
+    run_ranks(penalties, 2)
+
+
 def regions_of_ranks() -> None:
     """The same batch on every rank: what one process does."""
     batches = [(x_of(n, 6),) for n in range(2)]
