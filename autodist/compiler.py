@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ from autodist.passes.base import Context, Pass, Phase, Record, operators, run_pa
 from autodist.passes.bucket import Bucket
 from autodist.passes.capture import functional
 from autodist.passes.checkpoints import AskPolicies
-from autodist.passes.graph import num_bytes, parameter_of
+from autodist.passes.graph import num_bytes, output_of, parameter_of
 from autodist.passes.lower import Lower
 from autodist.passes.optimizer import DropAliases, HoistScalars, SplitForeach
 from autodist.passes.overlap import Overlap
@@ -56,6 +57,7 @@ from autodist.passes.regions import (
     program_of,
     regions_of,
     returned_outputs,
+    updates_of,
     write_back,
 )
 from autodist.passes.sequence_parallel import POLICIES, RETURNED, SHARDED_OUTPUTS, SequenceParallel, Unmark
@@ -141,7 +143,8 @@ class Compilation:
     """One captured graph on its way through the compiler.
 
     ``parameters`` maps the graph's inputs, by position, to parameter names; ``batch`` describes the others.
-    ``kept`` are outputs of a training step that stay in pieces.
+    ``kept`` are outputs of a training step that stay in pieces; ``updates`` says what it does to parameters,
+    and ``lasts`` is False for one that runs only once.
     """
 
     job: Job
@@ -151,6 +154,8 @@ class Compilation:
     batch: str
     policies: Mapping[int, Any] = field(default_factory=dict)
     is_step: bool = False
+    lasts: bool = True
+    updates: str = ""
     kept: dict[int, Kept] = field(default_factory=dict)
 
     def context(self, phase: Phase) -> Context:
@@ -219,10 +224,39 @@ class Compilation:
         """What a graph is called that has not been partitioned."""
         return "step" if self.is_step else "forward"
 
-    def split_step(self, step: GraphModule, leaves: Sequence[Sequence[int | None]]) -> GraphModule:
-        """A functional step with each of its regions transformed, differentiated and partitioned."""
-        regions = regions_of(step, leaves)
+    def split_step(self, step: GraphModule, captured: Captured, written: Sequence[int]) -> GraphModule:
+        """A functional step with each of its regions transformed, differentiated and partitioned.
+
+        Its last outputs are the new values of its inputs ``written``.
+        """
+        regions = regions_of(step, leaf_inputs(captured.graph))
+        self.updates = self._updates(step, regions, captured, written)
         return assembled(step, regions, [self._region(step, r) for r in regions])
+
+    def _updates(
+        self, step: GraphModule, regions: Sequence[Region], captured: Captured, written: Sequence[int]
+    ) -> str:
+        """What a step does to parameters, gradients and moments, which ranks hold parts of.
+
+        Its own buffers and batch a rank may treat as it likes.
+        """
+        outputs: list[Any] = list(output_of(step).args[0])  # type: ignore[arg-type]
+        first = sum(r.kind == "tensor" for r in captured.results)
+        made = outputs[first : first + len(captured.new_gradients) + len(captured.new_moments)]
+        values = outputs[len(outputs) - len(written) :]
+        kept = {i: v for i, v in zip(written, values, strict=True) if i in captured.names}
+        if not (made or kept or captured.calls):
+            return ""
+        names = [captured.names[i] for i in range(captured.parameters)]
+        said = [
+            f"makes gradients of {[names[i] for i in captured.new_gradients]}",
+            f"leaves without gradient {[names[i] for i in captured.without_gradient]}",
+            f"makes {[f'{names[m.parameter]}.{m.key}' for m in captured.new_moments]}",
+            f"changes {[captured.names[i] for i in kept]}",
+            f"calls {[type(c.scheduler).__name__ for c in captured.calls]}",
+        ]
+        updates = updates_of(step, regions, [*made, *kept.values()])
+        return "\n".join([*said, *graph_lines(updates, self.job.group_labels, mask_sizes=True)])
 
     def _region(self, step: GraphModule, region: Region) -> Parts:
         captured, returned = program_of(step, region), returned_outputs(region)
@@ -262,29 +296,32 @@ class Compilation:
         self.agree(parts, program)
 
     def agree(self, parts: dict[str, GraphModule], program: str) -> None:
-        """All ranks will run the same collectives, or all end here with what differs.
+        """All ranks will run the same collectives, and do the same to parameters, or all end here with what
+        differs.
 
-        The comparison waits for every rank, so it is made only for collectives not agreed on yet: a rank
-        that compiles again because its batch has another size runs the same ones, and waits for nobody.
+        The comparison waits for every rank, so it is made only for what is not agreed on yet: a rank that
+        compiles again because its batch has another size runs the same, and waits for nobody.
         """
         agreement = self.job.agreement
         if agreement is None:
             return
         labels = self.job.group_labels
         lines = {n: "\n".join(collective_lines(p, labels)) for n, p in parts.items()}
-        if not any(lines.values()):
+        if not any(lines.values()) and not self.updates:
             return
         lines |= {f"{n}, weights gathered": self._gathered(p) for n, p in parts.items()}
-        signature = repr(sorted(lines.items()))
+        signature = hashlib.sha256(repr((self.updates, sorted(lines.items()))).encode()).hexdigest()
         self.report.signature = signature
         if signature in self.job.agreed:
             return
-        text = {f"collectives of the {n}": t for n, t in lines.items()}
+        text = {"what is done to parameters": self.updates} if self.is_step else {}
+        text |= {f"collectives of the {n}": t for n, t in lines.items()}
         # Not the graph's own number: a rank may have compiled more often than others.
         subject = f"communicating program {len(self.job.agreed)}"
         # A batch of one row, say, makes another program of the same collectives.
         agreement.require(subject, {"program": program, **text}, {"program": self.batch})
-        self.job.agreed.add(signature)
+        if self.lasts:
+            self.job.agreed.add(signature)
 
     def _gathered(self, part: GraphModule) -> str:
         """The parameters whose shards each gather sends, in order: shapes alone may look alike."""
@@ -325,16 +362,18 @@ def compile_step(captured: Captured, job: Job, kernels: bool = True) -> Callable
     """A callable for a captured training step: it takes the real ``captured.inputs``, writes into those that
     the step changes, and returns a list of the program's outputs and of what else it keeps alive.
 
-    Without ``kernels`` it is not lowered to Inductor, whatever the plan says.
+    Without ``kernels`` it runs once, and is not lowered to Inductor, whatever the plan says.
     """
     report = GraphReport(job.next_graph(), job.hardware.stages_collectives)
     job.reports.append(report)
     own = {i: n for i, n in captured.names.items() if i < captured.parameters}
-    run = Compilation(job, own, report, 0, _batch(captured.batch), captured.policies, is_step=True)
+    run = Compilation(
+        job, own, report, 0, _batch(captured.batch), captured.policies, is_step=True, lasts=kernels
+    )
     job.at(f"compiling graph {report.number}")
     step, written = functional(captured.graph, captured.inputs)
     with compat.compiling_in(captured.mode):
-        graph = run.transform(run.split_step(step, leaf_inputs(captured.graph)), Phase.STEP_CAPTURED)
+        graph = run.transform(run.split_step(step, captured, written), Phase.STEP_CAPTURED)
     write_back(graph, written)
     keep_draws(graph)
     lower = _inductor if job.plan.lowering == "inductor" and kernels and not job.dry_run else _eager
@@ -509,7 +548,7 @@ def _guarded(compiled: Callable[..., Any], run: Compilation, part: str) -> Calla
         monitor.at(doing)
         with monitor.guard(doing):
             if part != "backward" and len(run.job.agreed) > 1 and run.report.signature:
-                # Several programs communicate: Python may have gone different ways on different ranks.
+                # There are several programs: Python may have gone different ways on different ranks.
                 check_same(run.report.signature, f"runs {doing}", run.job.group, run.job.device)
             return compiled(arguments)
 

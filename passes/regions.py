@@ -248,6 +248,33 @@ def program_of(step: GraphModule, region: Region) -> GraphModule:
     return GraphModule(step, graph)
 
 
+def updates_of(step: GraphModule, regions: Sequence[Region], results: Sequence[Any]) -> GraphModule:
+    """What a step does outside of its regions to arrive at some of its ``results``."""
+    inside = {n for r in regions for n in r.body}
+    needed: set[Any] = set()
+    frontier = list(results)
+    while frontier:
+        node = frontier.pop()
+        if node not in needed:
+            needed.add(node)
+            frontier += node.all_input_nodes if node not in inside else ()
+    graph, env = Graph(), {}
+    constants: dict[str, Any] = {}
+    for node in step.graph.nodes:
+        if node in needed and node in inside:
+            env[node] = graph.placeholder(node.name)
+        elif node in needed and node.op == "get_attr":
+            name = f"constant{len(constants)}"
+            constants[name] = getattr(step, node.target)
+            env[node] = graph.create_node("get_attr", name)
+        elif node in needed:
+            env[node] = graph.node_copy(node, env.__getitem__)
+        if node in needed:
+            env[node].meta = dict(node.meta)
+    graph.output([env[n] for n in results])
+    return GraphModule(constants, graph)
+
+
 def returned_outputs(region: Region) -> dict[int, int]:
     """Outputs of a region that the step returns and does nothing else with: where, in the step's outputs."""
     found = {}
@@ -553,5 +580,6 @@ __all__ = [
     "program_of",
     "regions_of",
     "returned_outputs",
+    "updates_of",
     "write_back",
 ]

@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import autodist
+from autodist.runtime.agreement import DisagreementError
 from autodist.runtime.outputs import WithheldOutput
+from autodist.runtime.parameters import MixedReadError
 from tests.allocations import peak_bytes
 from tests.models import CASES
 from tests.parity import full
@@ -652,6 +654,49 @@ def test_what_stands_around_a_step() -> None:
 
 def test_what_changes_makes_few_programs() -> None:
     run_ranks(changes, 2)
+
+
+def part_ways(model: nn.Module, optimizer: Any, x: Tensor, decay: float) -> Tensor:
+    """What it does to gradients depends on a number, and needs no collective."""
+    loss = model(x)
+    loss.backward()
+    for p in model.parameters():
+        p.grad.add_(p.detach(), alpha=decay)  # type: ignore[union-attr]
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def other_programs() -> None:
+    """Ranks that do other things to parameters notice, when the program is made or when it runs."""
+    rank = dist.get_rank()
+
+    def begin(function: Callable[..., Any]) -> Callable[..., Any]:
+        fresh()
+        model = Mlp()
+        options = {**EAGER, "timeout": 60}
+        autodist.prepare(model, options)
+        step = autodist.train_step(plan=options)(function)
+        return functools.partial(step, model, adamw(model.parameters()), x_of(rank, 4 + rank))
+
+    step = begin(by_flag)
+    for last in (True, True, True):
+        step(last)
+    train = step.func  # type: ignore[attr-defined]
+    assert len(train.job.agreed) == 1, "one program, whatever the batch: nothing to compare in a run"
+    for last in (False, False, True, False):  # without gradients and with: each program is made
+        step(last)
+    before = [p.to_local().clone() for p in step.args[0].parameters()]  # type: ignore[attr-defined]
+    with pytest.raises(MixedReadError, match="runs the step of graph"):
+        step(rank == 0)
+    now = [p.to_local() for p in step.args[0].parameters()]  # type: ignore[attr-defined]
+    assert all(map(torch.equal, before, now))
+    with pytest.raises(DisagreementError, match=r"what is done to parameters"):
+        begin(part_ways)(0.1 * rank)
+
+
+def test_ranks_that_run_other_programs_notice() -> None:
+    run_ranks(other_programs, 2)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------
