@@ -22,9 +22,11 @@ import os
 import random
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CellType
 from typing import Any
 
 import torch
@@ -34,16 +36,18 @@ from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
 from autodist.passes.base import StepError
-from autodist.passes.graph import innermost, where
-from autodist.runtime import compat
+from autodist.passes.graph import innermost, where, writers
+from autodist.runtime import compat, dialect
 from autodist.runtime.compat import local_part, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from autodist.runtime.gradients import gradients
 from autodist.runtime.parameters import captured_parameter, is_captured, unshard
+from autodist.step_changes import Globals, Record, Surroundings, iterators, named_arguments, outer_names
 from autodist.step_state import (
+    REGISTRIES,
     Scheduler,
     State,
-    changed_attribute,
     hyperparameters,
+    memory_of,
     named_objects,
     outside_values,
 )
@@ -55,7 +59,7 @@ _FRAMES = 8
 @dataclass(frozen=True)
 class Result:
     """Something that the step returns: ``kind`` is "tensor" (the program's next output), "constant" (``what``
-    itself), or "parameter", "gradient", "buffer" or "batch": the one with number ``what``."""
+    itself), or "parameter", "gradient", "buffer", "rate" or "batch": the one with number ``what``."""
 
     kind: str
     what: Any = None
@@ -129,7 +133,7 @@ class _Capture:
         state: State,
         dynamic: dict[int, set[int]],
     ) -> None:
-        self.function, self.state = function, state
+        self.function, self.arguments, self.state = function, arguments, state
         self.leaves, self.structure = tree_flatten(arguments)
         self.tensors = [x for x in self.leaves if isinstance(x, Tensor)]
         _refuse_inputs(state, self.tensors, self.leaves)
@@ -142,24 +146,30 @@ class _Capture:
         self.made = Captured(fakes, _names(state), mode, len(state.parameters), fakes[first:])
         self.watch = Watch()
         self.given: set[int] = set()
+        self.around = Surroundings(named_arguments(function, arguments), [function])
+        self.stand_ins: dict[int, Any] = {
+            id(s): Later(s, self.made.calls, self.watch) for s in state.roots.schedulers
+        }
 
     def run(self) -> Captured:
-        before, outside = self.state.snapshot(), copy.deepcopy(self._outside())
+        _refuse_iterators(self.function, self.arguments)
+        outside = copy.deepcopy(self._outside())
         drawn = _random_states()
         self.watch.generators = self._generators()
         states = [g.get_state() for g in self.watch.generators]
-        scheduled = [(s, copy.copy(vars(s))) for s in self.state.roots.schedulers]
         try:
             self.watch.seed()
             self.made.graph = compat.trace_step(self._traced, self.made.inputs, self.made.mode, self.watch)
+            _refuse_changes(self.around, self.stand_ins)
         except Exception as error:
             _explain(error)
             raise
         finally:
             for generator, seeded in zip(self.watch.generators, states, strict=True):
                 generator.set_state(seeded)
-        self._refuse_changes(before, scheduled)
+            self.around.restore()
         self._refuse_constants()
+        self._refuse_writes()
         if self._outside() != outside:
             pairs = zip(outside, self._outside(), strict=True)
             name = next(a[0] for a, b in pairs if a != b)
@@ -190,40 +200,48 @@ class _Capture:
         state, given = self.state, iter(flat)
         leaves = [next(given) for _ in state.parameters]
         parameters = [captured_parameter(p, x) for p, x in zip(state.parameters, leaves, strict=True)]
+        gradients_given = []
         for old, new in zip(state.parameters, parameters, strict=True):
             if old.grad is not None:
                 new.grad = _as(old.grad, next(given))
-                self.given.add(id(new.grad))
+                gradients_given.append(new.grad)
+        self.given.update(map(id, gradients_given))
         buffers = [next(given) for _ in state.buffers]
         moments = [_as(m.tensor, next(given)) for m in state.moments]
         rates = [next(given) for _ in state.rates()]
         tensors = [_as(x, next(given)) for x in self.tensors]
         self.watch.owners = {id(x): p for x, p in zip(leaves, parameters, strict=True)}
+        own = zip(state.tensors(), [*parameters, *gradients_given, *buffers, *moments], strict=True)
+        self.stand_ins |= {id(real): fake for real, fake in own}
+        given_tensors = zip(self.tensors, tensors, strict=True)
+        tensors = [self.stand_ins.setdefault(id(x), fake) for x, fake in given_tensors]
         with state.holding(parameters, buffers, moments, rates):
-            args, kwargs = self._arguments(tensors)
+            self.around.stand_in(self.stand_ins)
+            args, kwargs = self._arguments()
+            containers = Surroundings(named_arguments(self.function, (args, kwargs)), objects=False)
             settings = [hyperparameters(g) for g in state.groups]
             written = [(r, compat.times_written(r)) for r in rates]
-            with self.watch.of(state.roots.optimizers):
+            with self.watch.of(state):
                 result = self.function(*args, **kwargs)
                 self.watch.refuse_seeds("in its last lines")
-            _refuse_settings(settings, written, state)
+            _refuse_settings(settings, written, state, self.watch.stale)
             for leaf, parameter in zip(leaves, parameters, strict=True):
                 if leaf is not parameter and leaf.grad is not None:
                     raise StepError("the step calls torch.autograd.backward; call loss.backward()")
+            _refuse_replaced(state, parameters)
+            _refuse_changes(containers, {})
             made: list[Tensor] = []
             known = {id(x): Result("buffer", i) for i, x in enumerate(buffers)}
             known |= {id(x): Result("batch", i) for i, x in enumerate(tensors)}
+            known |= {id(x): Result("rate", i) for i, x in enumerate(rates)}
             self._results(result, parameters, known, made)
             self._gradients(parameters, made)
             self._moments(parameters, moments, made)
             self._buffers(buffers, made)
         return made
 
-    def _arguments(self, tensors: Sequence[Tensor]) -> Any:
-        left = iter(tensors)
-        leaves = [next(left) if isinstance(x, Tensor) else x for x in self.leaves]
-        leaves = [Later(x, self.made.calls, self.watch) if isinstance(x, Scheduler) else x for x in leaves]
-        return tree_unflatten(leaves, self.structure)
+    def _arguments(self) -> Any:
+        return tree_unflatten([self.stand_ins.get(id(x), x) for x in self.leaves], self.structure)
 
     def _results(
         self, result: Any, parameters: Sequence[Any], known: dict[int, Result], made: list[Tensor]
@@ -233,6 +251,8 @@ class _Capture:
         leaves, self.made.structure = tree_flatten(result)
         for leaf in leaves:
             found = known.get(id(leaf))
+            if id(leaf) in self.watch.stale:
+                self.watch.refuse_stale_rate("among its results")
             if found is None and isinstance(leaf, Tensor):
                 found = Result("tensor")
                 made.append(self._output(leaf))
@@ -272,23 +292,6 @@ class _Capture:
 
     # --- what could not be done again ---------------------------------------------------------------
 
-    def _refuse_changes(self, before: Any, scheduled: list[tuple[Any, dict[str, Any]]]) -> None:
-        changed = changed_attribute(before)
-        if changed is not None:
-            raise StepError(
-                f"the step changes '{changed[1]}', a Python value of a {type(changed[0]).__name__}. A "
-                "captured step runs its Python only once. Keep what changes in a buffer (register_buffer), "
-                "or change it outside of the step."
-            )
-        for scheduler, values in scheduled:
-            plain = {k: v for k, v in values.items() if isinstance(v, (int, float, list))}
-            if any(vars(scheduler).get(k) != v for k, v in plain.items()):
-                vars(scheduler).update(values)
-                raise StepError(
-                    f"the step calls a {type(scheduler).__name__} that is not one of its arguments. Pass it "
-                    "to the step, which then calls it after each run; or call it after the step."
-                )
-
     def _refuse_constants(self) -> None:
         """Tensors that are no input; numbers written in the program are copied before they are used."""
         graph = self.made.graph
@@ -300,6 +303,32 @@ class _Capture:
                     f"the step uses a tensor of shape {tuple(value.shape)} that it is not given "
                     f"({where(reader)}). Pass it, or the model it belongs to, as an argument: by itself, or "
                     "in a list, tuple or dict (of another mapping, pass dict(batch))."
+                )
+
+
+    def _refuse_writes(self) -> None:
+        """Writes that would be lost, or that another input should see."""
+        graph, names = self.made.graph, self.made.names
+        nodes = graph.graph.find_nodes(op="placeholder")
+        gathers = [n for n in graph.graph.nodes if n.target in (dialect.unshard, dialect.replica)]
+        for read, writer in writers(graph, gathers).items():
+            name = names.get(nodes.index(read.args[0]), "")
+            raise StepError(
+                f"the step writes into the weight '{name}' as its module's attribute: {where(writer)}. With "
+                "several ranks the attribute is a gathered copy, and the write would be lost. Write into the "
+                "parameter itself, from model.parameters() or named_parameters()."
+            )
+        written, places = writers(graph, nodes), dict[int, int]()
+        real = program_inputs(self.state, self.tensors)
+        for i, x in enumerate(real):
+            first = places.setdefault(memory_of(x), i)
+            by = written.get(nodes[i]) or written.get(nodes[first])
+            if real[first] is not x and by is not None:
+                one, other = (names.get(k) or f"a tensor of shape {tuple(real[k].shape)}" for k in (first, i))
+                raise StepError(
+                    f"the step writes into memory that two of its tensors share, {one} and {other}: "
+                    f"{where(by)}. To a captured step each is memory of its own. Give it a copy of one "
+                    "(clone()), or the same tensor object twice."
                 )
 
 
@@ -338,7 +367,8 @@ class Watch(TorchFunctionMode):
     """Sees every call of torch that the step makes.
 
     ``owners`` maps the id of a leaf (what the program differentiates for) to its parameter; ``policies`` are
-    those of selective checkpoints, by number.
+    those of selective checkpoints, by number. ``replaced`` has the names of parameters with stand-ins by id,
+    ``stale`` the learning rates that a scheduler would have changed.
     """
 
     def __init__(self) -> None:
@@ -349,6 +379,8 @@ class Watch(TorchFunctionMode):
         self.rescheduled = False
         self.generators: list[torch.Generator] = []
         self.seeded = _SEED
+        self.replaced: dict[int, str] = {}
+        self.stale: dict[int, Tensor] = {}
         self.seen: Node | None = None
 
     def __torch_function__(
@@ -356,12 +388,16 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.refuse_seeds()
+        given = tree_leaves((args, kwargs))
+        self._refuse_use(func, given)
         if func is Tensor.backward:
             self.backward(*args, **kwargs)
             result = None
+        elif func == _DATA.__get__:
+            result = self.__torch_function__(Tensor.detach, types, args)
         elif func in _REFUSED:
             raise StepError(f"{_REFUSED[func]}: {line_of_user()}")
-        elif any(isinstance(x, DTensor) for x in tree_leaves((args, kwargs))):
+        elif any(isinstance(x, DTensor) for x in given):
             if _is_followed(func, (args, kwargs)):
                 args, kwargs = tree_map(_whole, (args, kwargs))
                 result = func(*args, **kwargs)
@@ -370,6 +406,8 @@ class Watch(TorchFunctionMode):
                     result = func(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
+        if func in _SETS_REQUIRES_GRAD and hasattr(args[0], "_autodist_leaf"):
+            args[0]._autodist_leaf.requires_grad_(args[0].requires_grad)
         self._describe()
         self.seed()
         return result
@@ -390,13 +428,37 @@ class Watch(TorchFunctionMode):
                 "runs would draw other numbers. Seed outside of the step."
             )
 
+    def _refuse_use(self, func: Any, given: Sequence[Any]) -> None:
+        real = next((self.replaced[id(x)] for x in given if id(x) in self.replaced), None)
+        if real is not None:
+            raise StepError(
+                f"the step reaches the parameter '{real}' through an object that is not looked into: "
+                f"{line_of_user()}. Take it from the model, or pass it in a list, tuple or dict."
+            )
+        if any(id(x) in self.stale for x in given):
+            self.refuse_stale_rate(line_of_user())
+        if func in _OF_PARAMETERS and hasattr(given[0], "_autodist_gathered"):
+            raise StepError(
+                f"the step uses {_OF_PARAMETERS[func]} of a weight that it reads as its module's attribute: "
+                f"{line_of_user()}. With several ranks the attribute is a gathered copy, without a gradient. "
+                "Take the parameter itself from model.parameters() or named_parameters()."
+            )
+
+    def refuse_stale_rate(self, line: str) -> None:
+        raise StepError(
+            f"the step uses a learning rate that it has read after the scheduler's step: {line}. Schedulers "
+            "are called after each run, so read it before scheduler.step(), or after the step."
+        )
+
     @contextlib.contextmanager
-    def of(self, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
-        """Within, see the steps of ``optimizers``."""
-        handles = [o.register_step_pre_hook(self._refuse_late_step) for o in optimizers]
+    def of(self, state: State) -> Iterator[None]:
+        """Within, see the steps of optimizers, and what is done to the parameters that have stand-ins."""
+        handles = [o.register_step_pre_hook(self._refuse_late_step) for o in state.roots.optimizers]
+        self.replaced = {id(p): n for p, n in zip(state.parameters, state.names, strict=True)}
         try:
             yield
         finally:
+            self.replaced = {}
             for handle in handles:
                 handle.remove()
 
@@ -513,7 +575,17 @@ _ON_SHARDS = {
 }  # fmt: skip
 """What says nothing of a parameter's value that a gradient would go through."""
 
+_DATA, _GRAD, _REQUIRES_GRAD = (getattr(Tensor, n) for n in ("data", "grad", "requires_grad"))
+_OF_PARAMETERS = {
+    _GRAD.__get__: "the gradient",
+    _GRAD.__set__: "the gradient",
+    Tensor.requires_grad_: "requires_grad",
+    _REQUIRES_GRAD.__set__: "requires_grad",
+}
+_SETS_REQUIRES_GRAD = (Tensor.requires_grad_, _REQUIRES_GRAD.__set__)
 _REFUSED = {
+    _DATA.__set__: "the step sets .data of a tensor; write into it instead, p.data.copy_(value)",
+    Tensor.__format__: "the step formats a tensor, which has no value while captured; return it instead",
     torch.autograd.grad: "the step calls torch.autograd.grad, whose results may be differentiated again",
     Tensor.register_hook: "the step registers a hook on a value, which would run only while it is captured",
     Tensor.retain_grad: "the step retains the gradient of a value that is no parameter",
@@ -534,6 +606,10 @@ class Later:
                 f"{line_of_user()}. Return it from the step and call the scheduler then."
             )
         self._watch.rescheduled = True
+        for group in self._scheduler.optimizer.param_groups:
+            if isinstance(group.get("lr"), Tensor):
+                group["lr"] = group["lr"].detach()
+                self._watch.stale[id(group["lr"])] = group["lr"]
         self._calls.append(Call(self._scheduler, args, kwargs))
 
     def get_last_lr(self) -> list[Any]:
@@ -619,20 +695,83 @@ def _refuse_inputs(state: State, tensors: Sequence[Tensor], leaves: Sequence[Any
 
 
 def _refuse_settings(
-    before: Sequence[dict[str, Any]], rates: Sequence[tuple[Tensor, int]], state: State
-) -> None:
+    before: Sequence[dict[str, Any]], rates: Sequence[tuple[Tensor, int]], state: State,
+    stale: dict[int, Tensor],
+) -> None:  # fmt: skip
     """``rates`` are the learning rates and how often each had been written into."""
     left = iter(rates)
     for old, group in zip(before, state.groups, strict=True):
         changed = [k for k, v in hyperparameters(group).items() if k not in old or old[k] != v]
         if "lr" in group and "lr" not in old:
             rate, written = next(left)
-            changed += ["lr"] if group["lr"] is not rate or compat.times_written(rate) != written else []
+            kept = group["lr"] is rate or id(group["lr"]) in stale
+            changed += [] if kept and compat.times_written(rate) == written else ["lr"]
         if changed:
             raise StepError(
                 f"the step changes '{changed[0]}' of a parameter group, which a captured step would not do "
                 "again. Pass a scheduler to the step, or change the group outside of it."
             )
+
+
+def _refuse_replaced(state: State, parameters: Sequence[Tensor]) -> None:
+    for name, real, places, parameter in zip(
+        state.names, state.parameters, state.places, parameters, strict=True
+    ):
+        if any(holder.get(key) is not parameter for holder, key in places):
+            raise StepError(
+                f"the step replaces or deletes '{name}', a parameter, which a captured step would not do "
+                "again. Write new values into it (copy_, under torch.no_grad()), or replace it outside."
+            )
+        if parameter.requires_grad != real.requires_grad:
+            raise StepError(
+                f"the step sets requires_grad of '{name}', and leaves it so; a captured step would not do "
+                "that again. Set it outside of the step, or set it back at the step's end."
+            )
+
+
+def _refuse_changes(around: Surroundings, stand_ins: dict[int, Any]) -> None:
+    found = around.changed(stand_ins)
+    if found is not None:
+        what, remedy = _change(*found)
+        raise StepError(f"the step changes {what}. A captured step runs its Python only once. {remedy}")
+
+
+def _change(record: Record, key: Any) -> tuple[str, str]:
+    """What a step has changed, and what to do instead."""
+    holder, owner, outside = record.holder, record.owner, "Change it outside of the step."
+    name = f"'{key}'" if isinstance(key, str) else f"element {key}" if isinstance(key, int) else "an element"
+    kind = type(owner).__name__
+    if isinstance(holder, Scheduler):
+        remedy = "Pass it to the step, which then calls it after each run; or call it after the step."
+        return f"a {kind} that is not one of its arguments", remedy
+    if isinstance(owner, torch.nn.Module):
+        registry = next((k for k in REGISTRIES if vars(owner).get(k) is holder), None)
+        if registry == "_buffers" and record.saved.get(key) is None:
+            remedy = f"Give {name} a tensor of the right shape when it is registered (register_buffer)."
+            return f"{name}, a buffer of a {kind} that is None", remedy
+        if registry is not None:
+            name = name if isinstance(key, str) else "an entry"
+            return f"{name} in the {registry.strip('_').replace('_', ' ')} of a {kind}", outside
+        if holder is owner:
+            remedy = "Keep what changes in a buffer (register_buffer), or change it outside of the step."
+            return f"{name}, a Python value of a {kind}", remedy
+    if isinstance(holder, (list, dict, set, deque)):
+        remedy = "Leave it as it is: return what is new, or make a copy and change that (dict(batch))."
+        return f"{name} of the {type(holder).__name__} '{record.name}'", remedy
+    whole = record.name if isinstance(holder, type) else f"{record.name}.{key}"
+    whole = key if isinstance(holder, (CellType, Globals)) else whole
+    return f"'{whole}', a Python value outside of it", "Return what changes, or change it outside."
+
+
+def _refuse_iterators(
+    function: Callable[..., Any], arguments: tuple[tuple[Any, ...], dict[str, Any]]
+) -> None:
+    names = iterators({**outer_names(function), **named_arguments(function, arguments)})
+    if names:
+        raise StepError(
+            f"the step takes from '{names[0]}', an iterator, which a captured step would do only once. Call "
+            "next() outside of the step and pass what it gives."
+        )
 
 
 def _random_states() -> list[Any]:

@@ -17,7 +17,6 @@ a program is made for its values (:meth:`State.constants`) and runs only while t
 from __future__ import annotations
 
 import contextlib
-import copy
 import dis
 import functools
 import operator
@@ -70,20 +69,23 @@ def named_objects(function: Callable[..., Any]) -> dict[str, Any]:
     if code is None:
         return {}
     cells = zip(code.co_freevars, plain.__closure__ or (), strict=True)
-    found = {name: cell.cell_contents for name, cell in cells if _filled(cell)}
-    found |= {n: plain.__globals__[n] for n in _global_names(code) if n in plain.__globals__}
+    found = {name: cell.cell_contents for name, cell in cells if filled(cell)}
+    found |= {n: plain.__globals__[n] for n in global_names(code) if n in plain.__globals__}
     found |= dict(plain.__kwdefaults__ or {})
     owner = getattr(function, "__self__", None)
     if owner is not None:
-        found |= {"self": owner} | vars(owner) if hasattr(owner, "__dict__") else {"self": owner}
+        registries = REGISTRIES if isinstance(owner, nn.Module) else ()
+        found["self"] = owner
+        found |= {k: v for k, v in getattr(owner, "__dict__", {}).items() if k not in registries}
     return found
 
 
 @functools.cache
-def _global_names(code: CodeType) -> set[str]:
-    """The globals that a function, and functions written inside of it, read."""
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return names.union(*(_global_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+def global_names(code: CodeType) -> set[str]:
+    """The globals that a function, and functions written inside of it, read or set."""
+    kinds = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in kinds}
+    return names.union(*(global_names(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
 def outside_values(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
@@ -98,13 +100,13 @@ def _shown(value: Any) -> Any:
     if _is_plain(value):
         return value
     ours = (nn.Module, Optimizer, Tensor, *Scheduler, ModuleType, FunctionType, BuiltinFunctionType)
-    of_torch = getattr(type(value), "__module__", "").startswith("torch")
-    if isinstance(value, ours) or of_torch or not hasattr(value, "__dict__"):
+    theirs = getattr(type(value), "__module__", "").startswith(("torch", "autodist."))
+    if isinstance(value, ours) or theirs or not hasattr(value, "__dict__"):
         return None
     return {k: v for k, v in vars(value).items() if not k.startswith("__") and _is_plain(v)}
 
 
-def _filled(cell: Any) -> bool:
+def filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not cell
     except ValueError:  # a name that has no value yet
@@ -133,6 +135,8 @@ class State:
     held: list[Place] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    _gradients: list[Tensor] = field(default_factory=list)
+    _of_gradients: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, roots: Roots) -> State:
@@ -225,10 +229,13 @@ class State:
     def groups(self) -> list[dict[str, Any]]:
         return [g for o in self.roots.optimizers for g in o.param_groups]
 
+    def own_rates(self) -> list[Any]:
+        """The learning rates, group by group, as they are kept."""
+        return [g["lr"] for g in self.groups if lifts(g)]
+
     def rates(self) -> list[Tensor]:
-        """The learning rates, group by group."""
-        found = [g["lr"] for g in self.groups if lifts(g)]
-        return [torch.as_tensor(float(x)) if _is_number(x) else x for x in found]
+        """The learning rates as tensors."""
+        return [torch.as_tensor(float(x)) if _is_number(x) else x for x in self.own_rates()]
 
     @functools.cached_property
     def _readers(self) -> list[tuple[dict[str, Any], Callable[[Any], Any]]]:
@@ -242,10 +249,6 @@ class State:
     def attributes(self) -> list[Any]:
         """Values of the plain attributes of modules, ``training`` among them."""
         return [read(values) for values, read in self._readers]
-
-    def snapshot(self) -> list[tuple[nn.Module, dict[str, Any]]]:
-        """Each module's attributes, to be compared later: plain ones as copies."""
-        return [(m, {k: _copied(v) for k, v in _own(m).items()}) for m in self._modules]
 
     @property
     def _modules(self) -> list[nn.Module]:
@@ -261,7 +264,43 @@ class State:
             self._moment_names,
         ]
 
+    # --- memory that is shared ----------------------------------------------------------------------
+
+    def relations(self, tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """For each of ``tensors``, which one it is and whose memory it has, among the state's and these.
+
+        A number is that of the first: negative for the state's own.
+        """
+        objects, memory = self._known_memory
+        held = self.gradients()
+        if len(held) != len(self._gradients) or not all(map(operator.is_, held, self._gradients)):
+            first = -1 - len(objects)
+            self._gradients = held
+            self._of_gradients = {memory_of(local_part(g)): first - i for i, g in enumerate(held)}
+        found: list[tuple[int, int]] = []
+        own: dict[int, int] = {}
+        own_memory: dict[int, int] = {}
+        for i, x in enumerate(tensors):
+            place = memory_of(local_part(x))
+            shared = memory.get(place, self._of_gradients.get(place))
+            found.append((
+                objects.get(id(x), own.setdefault(id(x), i)),
+                own_memory.setdefault(place, i) if shared is None else shared,
+            ))
+        return found
+
+    @functools.cached_property
+    def _known_memory(self) -> tuple[dict[int, int], dict[int, int]]:
+        known = [*self.parameters, *self.buffers, *(m.tensor for m in self.moments)]
+        objects = {id(x): -1 - i for i, x in enumerate(known)}
+        return objects, {memory_of(local_part(x)): -1 - i for i, x in enumerate(known)}
+
     # --- tensors ----------------------------------------------------------------------------------
+
+    def tensors(self) -> list[Tensor]:
+        """All but the rates."""
+        moments = [m.tensor for m in self.moments]
+        return [*self.parameters, *self.gradients(), *self.buffers, *moments]
 
     def gradients(self) -> list[Tensor]:
         """The gradients there are, in the order of the parameters."""
@@ -310,8 +349,7 @@ class State:
 # How an optimizer is run while it is captured: what it does to each parameter is the same, written in
 # operators on tensors; which kernels do it is the compiler's business.
 _CAPTURED = {"capturable": True, "foreach": True, "fused": None}
-_NOTHING: Mapping[Any, Any] = {}
-_REGISTRIES = set(nn.Module.__annotations__) - {"training"}
+REGISTRIES = set(nn.Module.__annotations__) - {"training"}
 
 
 def lifts(group: Mapping[str, Any]) -> bool:
@@ -328,33 +366,19 @@ def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k != "params" and not (k == "lr" and lifts(group))}
 
 
+def memory_of(tensor: Tensor) -> int:
+    """What tensors have in common that share memory."""
+    return compat.storage_key(tensor) if tensor.layout is torch.strided else id(tensor)
+
+
 def _put(places: Sequence[Sequence[Place]], tensors: Sequence[Tensor]) -> None:
     for holders, tensor in zip(places, tensors, strict=True):
         for holder, key in holders:
             holder[key] = tensor
 
 
-def changed_attribute(before: Sequence[tuple[nn.Module, dict[str, Any]]]) -> tuple[nn.Module, str] | None:
-    """An attribute that is not what :meth:`State.snapshot` found; all of them are put back."""
-    found = None
-    for module, values in before:
-        now = _own(module)
-        for key in now.keys() | values.keys():
-            old, new = values.get(key, _NOTHING), now.get(key, _NOTHING)
-            same = old == new if _is_plain(old) and _is_plain(new) else old is new
-            if not same:
-                found = module, key
-                vars(module).pop(key, None)
-                vars(module).update({key: old} if key in values else {})
-    return found
-
-
 def _own(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items() if k not in _REGISTRIES}
-
-
-def _copied(value: Any) -> Any:
-    return copy.deepcopy(value) if _is_plain(value) else value
+    return {k: v for k, v in vars(module).items() if k not in REGISTRIES}
 
 
 def _is_plain(value: Any) -> bool:

@@ -26,6 +26,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
@@ -79,8 +80,20 @@ class TrainStep:
         self._arguments: list[Any] = []
         self._sizes: dict[int, list[set[int]]] = {}
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
+        """A step of the instance's own, kept among its attributes: its models are others than its class's."""
+        if instance is None:
+            return self
+        method = MethodType(self.function, instance)
+        return vars(instance).setdefault(self._name, train_step(plan=self.plan)(method))
+
+    def __reduce__(self) -> Any:
+        """Copied and pickled, a step begins anew: by its name, or as its instance's."""
+        owner = getattr(self.function, "__self__", None)
+        return self.function.__qualname__ if owner is None else (getattr, (owner, self.function.__name__))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
@@ -99,7 +112,8 @@ class TrainStep:
 
     def _key(self, structure: Any, others: list[Any], tensors: Sequence[Tensor], state: State) -> _Key:
         constants = [*state.constants(), outside_values(self.function, others)]
-        return _Key(structure, others, [_kind(x) for x in tensors], constants)
+        kinds = [*map(_kind, tensors), state.relations(tensors)]
+        return _Key(structure, others, kinds, constants)
 
     def verify(self, *args: Any, tolerance: float = 1e-4, **kwargs: Any) -> StepReport:
         """Run the step on these arguments, and the function as it was written, and compare what they do.
@@ -239,11 +253,11 @@ class Program:
             value = made()
             for holder, key in state.buffer_places[i]:
                 holder[key] = value
-        for call in captured.calls:
-            call.scheduler.step(*call.args, **call.kwargs)
         results = [
             next(tensors_made) if r.kind == "tensor" else _known(r, state, tensors) for r in captured.results
         ]
+        for call in captured.calls:
+            call.scheduler.step(*call.args, **call.kwargs)
         return tree_unflatten(results, captured.structure)
 
 
@@ -257,6 +271,7 @@ def _known(result: Result, state: State, tensors: Sequence[Tensor]) -> Any:
         "parameter": state.parameters,
         "buffer": state.buffers,
         "batch": tensors,
+        "rate": state.own_rates(),
     }
     return known[result.kind][result.what]
 

@@ -2,20 +2,22 @@
 
 Both begin from the same parameters, moments, gradients, buffers and random state; the function runs eagerly
 on the sharded model, whose weights are gathered as they are read. What both leave behind is compared:
-results, parameters, gradients, buffers and moments. With ``x`` a tensor, ``r`` its reference and ``d`` what
-the reference has changed in it,
+results, parameters, gradients, buffers, moments and tensors among the arguments. With ``x`` a tensor, ``r``
+its reference and ``d`` what the reference has changed in it,
 
-    error = |x - r| / max(|r|, 1e-3)        and for parameters  |x - r| / max(|d|, 1e-3 |r|)
+    error = |x - r| / max(|r|, 1e-3)
 
-because a parameter that was not stepped at all is nearly right. Squares are summed over ranks.
+and for parameters and arguments (an average of parameters, say) |x - r| / max(|d|, 1e-3 |r|), because one
+that was not stepped at all is nearly right. Squares are summed over ranks.
 
-Invariant: everything is left as it was.
+Invariant: everything is left as it was, the objects that the function changes among it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autodist.runtime.compat import local_part, tree_leaves
+from autodist.step_changes import Surroundings, named_arguments
 from autodist.step_state import State, roots_of
 from autodist.verify import Row
 
@@ -32,7 +35,8 @@ from autodist.verify import Row
 class StepReport:
     """What :meth:`autodist.train_step.TrainStep.verify` found; ``rows`` has the worst tensors first.
 
-    A row's ``kind`` is "result", "parameter", "gradient", "buffer" or the name of a moment.
+    A row's ``kind`` is "result", "parameter", "gradient", "buffer", "argument" or the name of a moment.
+    Parameters of the same name, of two models, are numbered.
     """
 
     passed: bool
@@ -61,55 +65,76 @@ def verify_step(
 ) -> StepReport:
     """Compare ``captured`` with ``function`` on ``arguments`` (positional, keyword)."""
     args, kwargs = arguments
-    state = State.of(roots_of(function, tree_leaves(arguments)))
-    saved = _Saved(state)
-    before = _tensors(state)
+    leaves = tree_leaves(arguments)
+    state = State.of(roots_of(function, leaves))
+    own = set(map(id, state.tensors()))
+    given = [x for x in leaves if isinstance(x, Tensor) and id(x) not in own]
+    around = Surroundings(named_arguments(function, arguments), [function])
+    saved = _Saved(state, given)
+    before = _tensors(state, given)
     outcomes = []
     for run in (function, captured):
-        with torch.random.fork_rng([]):
-            results = run(*args, **kwargs)
-        found = _tensors(State.of(state.roots))
-        kept = [x for x in tree_leaves(results) if isinstance(x, Tensor)]
-        found |= {("result", str(i)): local_part(x.detach()).clone() for i, x in enumerate(kept)}
-        outcomes.append(found)
-        saved.restore()
+        try:
+            with torch.random.fork_rng([]):
+                results = run(*args, **kwargs)
+            found = _tensors(State.of(state.roots), given)
+            kept = [x for x in tree_leaves(results) if isinstance(x, Tensor)]
+            found |= {("result", str(i)): local_part(x.detach()).clone() for i, x in enumerate(kept)}
+            outcomes.append(found)
+        finally:
+            around.restore()
+            saved.restore()
     wanted, found = outcomes
-    rows = [_row(key, found.get(key), x, before.get(key)) for key, x in wanted.items()]
+    rows = [_row(k, found.get(k), wanted.get(k), before.get(k)) for k in {**wanted, **found}]
     rows.sort(key=lambda r: -r.error)
     return StepReport(all(r.error <= tolerance for r in rows), tolerance, tuple(rows))
 
 
-def _tensors(state: State) -> Tensors:
+def _tensors(state: State, given: Sequence[Tensor]) -> Tensors:
     """Copies of everything that a step may change, by kind and name."""
     found: Tensors = {}
-    for name, parameter in zip(state.names, state.parameters, strict=True):
+    names = _distinct(state.names)
+    for name, parameter in zip(names, state.parameters, strict=True):
         found["parameter", name] = parameter.detach()
         if parameter.grad is not None:
             found["gradient", name] = parameter.grad
     found |= {("buffer", str(i)): b for i, b in enumerate(state.buffers)}
-    found |= {(str(m.key), state.names[m.parameter]): m.tensor for m in state.moments}
+    found |= {(str(m.key), _of_optimizer(names[m.parameter], m.optimizer)): m.tensor for m in state.moments}
+    found |= {("argument", str(i)): x.detach() for i, x in enumerate(given)}
     return {k: local_part(v).clone() for k, v in found.items()}
 
 
-class _Saved:
-    """The state as it is now, to be put back."""
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, numbered from the second time on."""
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return found
 
-    def __init__(self, state: State) -> None:
+
+def _of_optimizer(name: str, number: int) -> str:
+    return name if number == 0 else f"{name} (optimizer {number + 1})"
+
+
+class _Saved:
+    """The state and the tensors ``given`` as they are now, to be put back."""
+
+    def __init__(self, state: State, given: Sequence[Tensor]) -> None:
         self.state = state
-        self.values = [(x, local_part(x).detach().clone()) for x in self._live()]
+        live = [local_part(x).detach() for x in (*state.tensors(), *given)]
+        self.values = [(x, x.clone()) for x in live]
         self.gradients = [(p, p.grad) for p in state.parameters]
         self.moments = [{p: dict(v) for p, v in o.state.items()} for o in state.roots.optimizers]
         self.settings = [{k: v for k, v in g.items() if k != "params"} for g in state.groups]
         self.schedules = [copy.deepcopy(s.state_dict()) for s in state.roots.schedulers]
 
-    def _live(self) -> list[Tensor]:
-        state = self.state
-        return [*state.parameters, *state.gradients(), *state.buffers, *(m.tensor for m in state.moments)]
-
     def restore(self) -> None:
         with torch.no_grad():
             for tensor, value in self.values:
-                local_part(tensor).copy_(value)
+                if not torch.equal(tensor, value):  # an expanded tensor, say, cannot be written into
+                    tensor.copy_(value)
         for places, buffer in zip(self.state.buffer_places, self.state.buffers, strict=True):
             for holder, key in places:
                 holder[key] = buffer
@@ -124,14 +149,20 @@ class _Saved:
             scheduler.load_state_dict(copy.deepcopy(schedule))
 
 
-def _row(key: tuple[str, str], found: Tensor | None, wanted: Tensor, before: Tensor | None) -> Row:
+def _row(
+    key: tuple[str, str], found: Tensor | None, wanted: Tensor | None, before: Tensor | None
+) -> Row:
     kind, name = key
-    wide = wanted.double()
-    difference = wide - (torch.zeros_like(wide) if found is None else found.double())
-    change = wide - before.double() if kind == "parameter" and before is not None else wide
+    either = found if wanted is None else wanted
+    assert either is not None
+    nothing = torch.zeros_like(either, dtype=torch.double)
+    wide = nothing if wanted is None else wanted.double()
+    difference = wide - (nothing if found is None else found.double())
+    by_change = kind in ("parameter", "argument")
+    change = wide - before.double() if by_change and before is not None else wide
     squares = torch.stack([x.square().sum() for x in (difference, change, wide)]).cpu()
     if dist.is_initialized():
         dist.all_reduce(squares)
     off, moved, norm = squares.sqrt().tolist()
-    floor = 1e-3 * norm if kind == "parameter" else 1e-3
+    floor = 1e-3 * norm if by_change else 1e-3
     return Row(name, kind, norm, off / max(moved, floor, 1e-12))

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from autodist.passes.analysis.placement import PlacementError
-from autodist.passes.graph import is_copy, output_of, where
+from autodist.passes.graph import is_copy, output_of, where, writers
 from autodist.runtime import compat, dialect
 from autodist.runtime.compat import tree_leaves
 from autodist.runtime.parameters import unshard
@@ -245,18 +245,8 @@ def _aten_graph(module: GraphModule, fakes: Sequence[Any]) -> GraphModule:
 
 def _written_inputs(graph: GraphModule) -> tuple[int, ...]:
     """Positions of placeholders that the graph writes into, directly or through views."""
-    base: dict[Node, Node] = {}
-    written: set[Node] = set()
     placeholders = graph.graph.find_nodes(op="placeholder")
-    for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            base[node] = node
-        elif node.op == "call_function":
-            written |= {base[a] for a in compat.written_arguments(node) if a in base}
-            first = next(iter(node.args), None)
-            views = compat.aliases_input(node.target) or node.target is operator.getitem
-            if views and isinstance(first, Node) and first in base:
-                base[node] = base[first]
+    written = writers(graph, placeholders)
     return tuple(i for i, n in enumerate(placeholders) if n in written)
 
 

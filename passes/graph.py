@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -113,6 +114,23 @@ def replace(old: Node, new: Node) -> None:
 
 def output_of(graph: GraphModule) -> Node:
     return graph.graph.find_nodes(op="output")[0]
+
+
+def writers(graph: GraphModule, of: Iterable[Node]) -> dict[Node, Node]:
+    """Nodes that the graph writes into, directly or through views, each with its first writer."""
+    base = {node: node for node in of}
+    found: dict[Node, Node] = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or node in base:
+            continue
+        for argument in compat.written_arguments(node):
+            if argument in base:
+                found.setdefault(base[argument], node)
+        first = next(iter(node.args), None)
+        views = compat.aliases_input(node.target) or node.target is operator.getitem
+        if views and isinstance(first, Node) and first in base:
+            base[node] = base[first]
+    return found
 
 
 def first_use(node: Node, order: dict[Node, int]) -> int:

@@ -76,7 +76,9 @@ def unshard(parameter: Tensor, divisor: int | None = None) -> Tensor:
     group = compat.mesh_group_name(mesh)
     leaf = getattr(parameter, "_autodist_leaf", None)
     if leaf is not None:  # in a step being captured
-        return _gather(parameter, leaf, group, divisor)
+        whole = _gather(parameter, leaf, group, divisor)
+        whole._autodist_gathered = True  # type: ignore[attr-defined]
+        return whole
     local = parameter.to_local()
     name = parameter_name(parameter)
     if name is None:  # in a graph being captured, where the compiler checks order and writes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import random
 import statistics
 import tempfile
@@ -23,9 +24,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import autodist
+from autodist.runtime import compat
 from autodist.runtime.agreement import DisagreementError
 from autodist.runtime.outputs import WithheldOutput
 from autodist.runtime.parameters import MixedReadError
+from autodist.step_capture import program_inputs
+from autodist.step_state import State, roots_of
 from tests.allocations import peak_bytes
 from tests.models import CASES
 from tests.parity import full
@@ -517,6 +521,222 @@ def test_losses_that_share_values_on_ranks() -> None:
     run_ranks(regions_of_ranks, 2)
 
 
+def clipping(pick: Callable[..., Any]) -> Callable[..., Callable[[Tensor], Any]]:
+    """Makes a step that clips the gradients of the parameters that ``pick`` finds in its closure."""
+
+    def make(model: nn.Module, optimizer: Any) -> Callable[[Tensor], Any]:
+        listed, named = list(model.parameters()), dict(model.named_parameters())
+        nested, chosen = (set(listed), {"by name": [named]}), listed[0]
+
+        def step(x: Tensor) -> tuple[Tensor, Tensor]:
+            loss = model(x)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(pick(listed, named, nested, chosen), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach(), norm
+
+        return step
+
+    return make
+
+
+def data_average(model: nn.Module, optimizer: Any, average: list[Tensor], x: Tensor) -> Tensor:
+    loss = model(x)
+    loss.backward()
+    for p in model.parameters():
+        p.grad.data.mul_(0.5)  # type: ignore[union-attr]
+    optimizer.step()
+    optimizer.zero_grad()
+    for a, p in zip(average, model.parameters(), strict=True):
+        a.data.mul_(0.9).add_(p.data, alpha=0.1)
+    return loss.detach()
+
+
+def freezes_a_while(model: Any, optimizer: Any, x: Tensor) -> Tensor:
+    model.down.requires_grad_(False)
+    loss = model(x)
+    loss.backward()
+    model.down.requires_grad_(True)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def reached() -> None:
+    """Parameters that a step finds in lists of its closure are its models' own; so is what .data gives."""
+    picks: list[Callable[..., Any]] = [
+        lambda listed, named, nested, chosen: listed,
+        lambda listed, named, nested, chosen: named.values(),
+        lambda listed, named, nested, chosen: nested[0],
+        lambda listed, named, nested, chosen: nested[1]["by name"][0].values(),
+        lambda listed, named, nested, chosen: [chosen],
+    ]
+    for pick in picks:
+        fresh()
+        model = Mlp()
+        reference = copy.deepcopy(model)
+        autodist.prepare(model, EAGER)
+        step = autodist.train_step(plan=EAGER)(clipping(pick)(model, *with_sgd(model)))
+        wanted = clipping(pick)(reference, *with_sgd(reference))
+        for number in range(2):
+            for a, b in zip(step(x_of(number)), wanted(x_of(number)), strict=True):
+                torch.testing.assert_close(full(a), b.detach())
+        check(model, reference)
+    side_by_side(Mlp, averages, data_average, [(x_of(n),) for n in range(3)])
+    side_by_side(Mlp, with_sgd, freezes_a_while, [(x_of(n),) for n in range(3)])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parameters_reached_in_other_ways(ranks: int) -> None:
+    run_ranks(reached, ranks)
+
+
+def clamps(model: Any, optimizer: Any, x: Tensor) -> None:
+    model(x).backward()
+    with torch.no_grad():
+        model.up.weight.clamp_(-0.1, 0.1)
+
+
+def sets_a_row(model: Any, optimizer: Any, x: Tensor) -> None:
+    model(x).backward()
+    model.up.weight.data[0] = 0
+
+
+def clears_a_gradient(model: Any, optimizer: Any, x: Tensor) -> None:
+    model(x).backward()
+    if model.up.weight.grad is not None:
+        model.up.weight.grad.zero_()
+
+
+def attributes() -> None:
+    """A weight read as an attribute is the weight on one rank; on several, what would be lost is refused."""
+    functions = {
+        clamps: "writes into the weight 'up.weight'",
+        sets_a_row: "writes into the weight 'up.weight'",
+        clears_a_gradient: "uses the gradient of a weight that it reads as its module's attribute",
+    }
+    for function, wanted in functions.items():
+        if dist.get_world_size() == 1:
+            side_by_side(Mlp, with_sgd, function, [(x_of(0),)] * 2)
+            continue
+        model = Mlp()
+        step = autodist.train_step(plan=EAGER)(function)
+        message = refusal(autodist.StepError, lambda s=step, m=model: s(m, *with_sgd(m), x_of(0)))
+        assert wanted in message and "test_train_step.py" in message and "named_parameters()" in message
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_as_attributes(ranks: int) -> None:
+    run_ranks(attributes, ranks)
+
+
+def doubles(model: Any, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+    x.mul_(2)
+    loss = F.mse_loss(model.body(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+class SharedBuffers(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.ones(7))
+        self.register_buffer("other", self.one.view(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.one.mul_(2)
+        return super().forward(x * self.other)
+
+
+def memory() -> None:
+    """One tensor twice is one tensor; two that share memory are refused where one is written."""
+    fresh()
+    model, reference = Mlp(), Mlp()
+    reference.load_state_dict(model.state_dict())
+    step = autodist.train_step(plan=EAGER)(doubles)
+    mine, theirs = with_sgd(model), with_sgd(reference)
+    for number in range(3):
+        x, y = x_of(number), x_of(number)
+        torch.testing.assert_close(step(model, *mine, x, x), doubles(reference, *theirs, y, y))
+        assert torch.equal(x, y)
+    check(model, reference)
+    step(model, *mine, x_of(0), x_of(1))  # as the program before, but for what it was given twice
+    rows = x_of(0, 5)
+    shared = "writes into memory that two of its tensors share"
+    assert shared in refusal(autodist.StepError, lambda: step(model, *mine, rows[1:], rows[:-1]))
+    reads = autodist.train_step(plan=EAGER)(lambda m, o, x, y: plain(m, o, {"x": x + y}))
+    reads(model, *mine, rows[1:], rows[:-1])
+
+    flat = torch.zeros(9 * 7 * 2)
+    parts = flat.view(2, -1)
+    model.up.weight.grad, model.down.weight.grad = parts[0].view(9, 7), parts[1].view(7, 9)
+    views = [p.detach() for p in model.parameters()]
+    other = SharedBuffers()
+    for given in ((other, *with_sgd(other), {"x": rows}), (model, *mine, {"x": rows})):
+        plainly = autodist.train_step(plan=EAGER)(plain)
+        assert shared in refusal(autodist.StepError, lambda s=plainly, g=given: s(*g))
+    model.zero_grad()
+    averaged = autodist.train_step(plan=EAGER)(with_average)
+    assert shared in refusal(autodist.StepError, lambda: averaged(model, *mine, views, rows))
+
+
+def test_memory_that_is_shared() -> None:
+    run_ranks(memory, 1)
+
+
+class Trainer:
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = Mlp()
+        autodist.prepare(self.model, EAGER)
+        self.optimizer, self.scheduler = with_schedule(self.model)
+        self.parameters, self.losses = list(self.model.parameters()), [0.0]
+
+    @autodist.train_step(plan=EAGER)
+    def step(self, x: Tensor) -> tuple[Tensor, float]:
+        loss = self.model(x)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 0.1)
+        self.optimizer.step()
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return loss.detach(), rate
+
+    @autodist.train_step(plan=EAGER)
+    def logs(self, x: Tensor) -> None:
+        self.losses.append(self.model(x).detach())
+
+
+def methods() -> None:
+    """Decorated methods are steps of their instances; rates that they return are numbers."""
+    fresh()
+    trainer, other = Trainer(), Trainer()
+    assert trainer.step.verify(x_of(0)).passed  # type: ignore[attr-defined]
+    for number in range(3):
+        loss, rate = trainer.step(x_of(number))
+        wanted, wanted_rate = Trainer.step.function(other, x_of(number))  # type: ignore[attr-defined]
+        torch.testing.assert_close(loss, wanted)
+        assert type(rate) is float and rate == wanted_rate
+    assert trainer.step is trainer.step and trainer.step is not other.step
+    assert len(trainer.step.programs) == 1  # type: ignore[attr-defined]
+    assert "the list 'self.losses'" in refusal(autodist.StepError, lambda: trainer.logs(x_of(0)))
+    assert trainer.losses == [0.0]
+    if dist.get_world_size() == 1:
+        copied = copy.deepcopy(trainer)
+        copied.step(x_of(3))
+        assert copied.step is not trainer.step and copied.scheduler.last_epoch == 4
+        assert trainer.scheduler.last_epoch == 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_methods(ranks: int) -> None:
+    run_ranks(methods, ranks)
+
+
 # --- composition -----------------------------------------------------------------------------------
 
 
@@ -871,6 +1091,72 @@ def early_schedule(model: nn.Module, optimizer: Any, scheduler: Any, x: Tensor) 
     optimizer.step()
 
 
+LOG: list[Any] = []
+NUMBERS = itertools.count()
+
+
+class Filled(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = x.mean(0)
+        return super().forward(x)
+
+
+class Ticks(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = Held(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.held.loss = super().forward(x)
+        return self.held.loss
+
+
+def keeps(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    LOG.append(model(x).detach())
+
+
+def names(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    global LAST
+    LAST = model(x)
+
+
+def freezes(model: Any, optimizer: Any, x: Tensor) -> None:
+    model.up.bias.requires_grad_(False) if dist.get_world_size() == 1 else model.requires_grad_(False)
+
+
+def replaces_a_parameter(model: Any, optimizer: Any, x: Tensor) -> None:
+    model.down.weight = nn.Parameter(torch.zeros(7, 9))
+
+
+def replaces_a_module(model: Any, optimizer: Any, x: Tensor) -> None:
+    model.dropout = nn.Identity()
+
+
+def adds_a_hook(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    model.register_forward_hook(print)
+
+
+def formats(model: nn.Module, optimizer: Any, x: Tensor) -> str:
+    return f"loss {model(x)}"
+
+
+def formats_shortly(model: nn.Module, optimizer: Any, x: Tensor) -> str:
+    return format(model(x), ".3f")
+
+
+def sets_data(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    for p in model.parameters():
+        p.data = p.data.clamp(-1, 1)
+
+
+def takes_next(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    model(x * next(NUMBERS)).backward()
+
+
 REFUSED: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], list[str]]] = {
     "branch": (branches, Mlp, ["needs the value of a tensor", "test_train_step.py", "torch.where"]),
     "item": (takes_a_number, Mlp, ["needs the value of a tensor", "test_train_step.py"]),
@@ -889,6 +1175,18 @@ REFUSED: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], list[str]]
     "own generator": (seeds_its_own, Mlp, ["seeds one of", "in its last lines"]),
     "outside": (counts, Mlp, ["changes 'Around'"]),
     "global tensor": (uses_a_global_tensor, Mlp, ["not given", "test_train_step.py", "dict(batch)"]),
+    "list": (keeps, Mlp, ["changes element 0 of the list 'LOG'", "return what is new"]),
+    "global": (names, Mlp, ["changes 'LAST'"]),
+    "buffer": (lambda m, o, x: m(x), Filled, ["changes 'mean', a buffer of a Filled that is None"]),
+    "held": (lambda m, o, x: m(x), Ticks, ["changes 'm.held.loss'"]),
+    "frozen": (freezes, Mlp, ["sets requires_grad of 'up.", "set it back"]),
+    "parameter": (replaces_a_parameter, Mlp, ["replaces or deletes 'down.weight'", "copy_"]),
+    "module": (replaces_a_module, Mlp, ["changes 'dropout' in the modules of a Mlp"]),
+    "module hook": (adds_a_hook, Mlp, ["in the forward hooks of a Mlp"]),
+    "f-string": (formats, Mlp, ["formats a tensor", "test_train_step.py"]),
+    "format": (formats_shortly, Mlp, ["formats a tensor", "test_train_step.py"]),
+    "data": (sets_data, Mlp, ["sets .data of a tensor", "copy_", "test_train_step.py"]),
+    "iterator": (takes_next, Mlp, ["takes from 'NUMBERS', an iterator"]),
     "object": (in_an_object, Mlp, ["returns a Held that holds tensors"]),
 }
 
@@ -905,6 +1203,10 @@ def refusals(names: Sequence[str]) -> dict[str, str]:
         found[name] = refusal(autodist.StepError, lambda step=step, m=model, o=optimizer: step(m, o, x_of(0)))
         assert all(p.grad is None for p in model.parameters()), "nothing was done"
         assert torch.equal(torch.get_rng_state(), state)
+
+
+        left = [*model.parameters(), *model._buffers.values(), *LOG, globals().get("LAST")]
+        assert not any(isinstance(x, compat.FakeTensor) for x in left), "nothing was left behind"
     return found
 
 
@@ -914,6 +1216,23 @@ def test_refusals(ranks: int) -> None:
         for name, (_, _, wanted) in REFUSED.items():
             for part in wanted:
                 assert part in found[name], (name, found[name])
+
+
+def _changing(change: Callable[[Batch], Any]) -> Callable[..., None]:
+    def step(model: nn.Module, optimizer: Any, batch: Batch) -> None:
+        model(batch["x"]).backward()
+        change(batch)
+
+    return step
+
+
+def _reading(late: Callable[[Any], Any]) -> Callable[..., Any]:
+    def step(model: nn.Module, optimizer: Any, scheduler: Any, x: Tensor) -> Any:
+        model(x).backward()
+        scheduler.step()
+        return late(optimizer.param_groups[0]["lr"])
+
+    return step
 
 
 def refused_arguments() -> None:
@@ -927,6 +1246,19 @@ def refused_arguments() -> None:
         early(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1), x_of(0))
     with pytest.raises(autodist.StepError, match="requires a gradient"):
         autodist.train_step(plan=EAGER)(plain)(model, optimizer, {"x": x_of(0).requires_grad_()})
+    changes = {"x": x_of(0), "seen": 0}
+    for change, what in (
+        (lambda batch: batch.pop("x"), "'x' of the dict 'batch'"),
+        (lambda batch: batch.update(seen=1), "'seen' of the dict 'batch'"),
+    ):
+        changing = autodist.train_step(plan=EAGER)(_changing(change))
+        with pytest.raises(autodist.StepError, match=f"the step changes {what}"):
+            changing(model, optimizer, changes)
+    with pytest.raises(autodist.StepError, match="takes from 'batch', an iterator"):
+        autodist.train_step(plan=EAGER)(plain)(model, optimizer, iter([x_of(0)]))
+    for late, line in ((lambda lr: lr, "among its results"), (lambda lr: lr * 2, "test_train_step.py")):
+        with pytest.raises(autodist.StepError, match=f"read after the scheduler's step: .*{line}"):
+            autodist.train_step(plan=EAGER)(_reading(late))(model, *with_schedule(model), x_of(0))
     for kind in (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Rprop):
         with pytest.raises(autodist.StepError, match=f"{kind.__name__}.step cannot be captured"):
             autodist.train_step(plan=EAGER)(plain)(model, kind(model.parameters()), {"x": x_of(0)})
@@ -962,6 +1294,56 @@ def verified() -> None:
 
 def test_verify() -> None:
     run_ranks(verified, 2)
+
+
+def all_at_once(
+    first: nn.Module, second: nn.Module, optimizer: Any, average: list[Tensor], batch: Batch
+) -> None:
+    batch["x"].mul_(2)
+    (first(batch["x"]) + second(batch["x"])).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for a, p in zip(average, second.parameters(), strict=True):
+            a.lerp_(p, 0.1)
+
+
+def verified_apart() -> None:
+    """Models with the same names, tensors among the arguments and changes of these are all told apart."""
+    fresh()
+    first, second, batch = Mlp(), Mlp(), {"x": x_of(0)}
+    for model in (first, second):
+        autodist.prepare(model, EAGER)
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1, momentum=0.9)
+    average = [p.detach().clone() for p in second.parameters()]
+    arguments = (first, second, optimizer, average, batch)
+    step = autodist.train_step(plan=EAGER)(all_at_once)
+    before = [full(x).clone() for x in (*average, *second.parameters())]
+    report = step.verify(*arguments)
+    assert report.passed, report
+    rows = {(r.kind, r.name) for r in report.rows}
+    assert {("parameter", "up.weight"), ("parameter", "up.weight (2)"), ("argument", "3")} <= rows
+    assert torch.equal(batch["x"], x_of(0))
+    assert all(map(torch.equal, map(full, (*average, *second.parameters())), before))
+    step(*arguments)
+    step(*arguments)
+    right = step.programs[-1].compiled
+    # Parameters of the first model, of the second, the average: not written, by number of the input.
+    inputs = program_inputs(State.of(roots_of(all_at_once, arguments)), [*average, batch["x"]])
+    for forgotten in (0, 3, len(inputs) - 3):
+
+        def run(*given: Any, forgotten: int = forgotten) -> Any:
+            kept = given[forgotten].clone()
+            results = right(*given)
+            given[forgotten].copy_(kept)
+            return results
+
+        step.programs[-1].compiled = run
+        assert not step.verify(*arguments).passed
+
+
+def test_verify_tells_tensors_apart() -> None:
+    run_ranks(verified_apart, 1)
 
 
 # --- memory ----------------------------------------------------------------------------------------
