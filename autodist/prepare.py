@@ -32,6 +32,7 @@ from autodist.runtime import compat
 from autodist.runtime.parameters import (
     MovedParameter,
     MovedParameterError,
+    adopt,
     distribute,
     plain_parameters,
     read_through,
@@ -65,6 +66,7 @@ def prepare(
     :class:`~autodist.runtime.agreement.DisagreementError` when ranks have different models or plans.
     """
     wanted = Plan.make(plan)
+    adopt(model)
     job = prepared_job(model)
     if job is not None:
         check_same_plan(job.plan, plan)

@@ -160,6 +160,8 @@ class _Capture:
         try:
             self.watch.seed()
             self.made.graph = compat.trace_step(self._traced, self.made.inputs, self.made.mode, self.watch)
+            if self.watch.asked:  # and the step has caught the error
+                raise _needs_value(self.watch.asked)
             _refuse_changes(self.around, self.stand_ins)
         except Exception as error:
             _explain(error)
@@ -220,6 +222,7 @@ class _Capture:
             args, kwargs = self._arguments()
             containers = Surroundings(named_arguments(self.function, (args, kwargs)), objects=False)
             settings = [hyperparameters(g) for g in state.groups]
+            kept = _optimizer_states(state)
             written = [(r, compat.times_written(r)) for r in rates]
             with self.watch.of(state):
                 result = self.function(*args, **kwargs)
@@ -236,7 +239,7 @@ class _Capture:
             known |= {id(x): Result("rate", i) for i, x in enumerate(rates)}
             self._results(result, parameters, known, made)
             self._gradients(parameters, made)
-            self._moments(parameters, moments, made)
+            self._moments(parameters, moments, kept, made)
             self._buffers(buffers, made)
         return made
 
@@ -269,15 +272,31 @@ class _Capture:
                 self.made.new_gradients.append(i)
                 made.append(self._output(parameter.grad))
 
-    def _moments(self, parameters: Sequence[Any], moments: Sequence[Any], made: list[Tensor]) -> None:
+    def _moments(
+        self, parameters: Sequence[Any], moments: Sequence[Any], before: dict[Any, Any], made: list[Tensor]
+    ) -> None:
         number = {id(p): i for i, p in enumerate(parameters)}
         known = set(map(id, moments))
         for o, optimizer in enumerate(self.state.roots.optimizers):
+            kind = type(optimizer).__name__
             for parameter, values in optimizer.state.items():
+                if id(parameter) not in number:
+                    raise StepError(
+                        f"{kind} keeps state that belongs to no parameter (state[{parameter!r}]), which a "
+                        "captured step does not carry on. Keep it with the parameters."
+                    )
+                old = before.get((o, id(parameter)), {})
                 for key, value in values.items():
-                    if isinstance(value, Tensor) and id(value) not in known:
-                        self.made.new_moments.append(NewMoment(o, number[id(parameter)], key))
-                        made.append(self._output(value))
+                    if isinstance(value, Tensor):
+                        if id(value) not in known:
+                            self.made.new_moments.append(NewMoment(o, number[id(parameter)], key))
+                            made.append(self._output(value))
+                    elif value is not old.get(key):
+                        raise StepError(
+                            f"{kind} keeps '{key}' in its state as a {type(value).__name__} and changes it, "
+                            "which a captured step would do only once. Make it a tensor (as torch's own "
+                            "optimizers do with capturable=True), or use another optimizer."
+                        )
 
     def _buffers(self, buffers: Sequence[Any], made: list[Tensor]) -> None:
         for i, (places, buffer) in enumerate(zip(self.state.buffer_places, buffers, strict=True)):
@@ -295,16 +314,49 @@ class _Capture:
     def _refuse_constants(self) -> None:
         """Tensors that are no input; numbers written in the program are copied before they are used."""
         graph = self.made.graph
-        for node in graph.graph.find_nodes(op="get_attr"):
-            value = getattr(graph, node.target, None)  # type: ignore[arg-type]
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and compat.is_eager_collective(node.target):
+                raise StepError(
+                    f"the step calls a collective of torch.distributed: {where(node)}. A program cannot put "
+                    "in order what such a call writes. Call it outside, on what the step returns."
+                )
+            value = getattr(graph, node.target, None) if node.op == "get_attr" else None
             if isinstance(value, Tensor) and not all(compat.copies_literal(u.target) for u in node.users):
                 reader = next(iter(node.users))
                 raise StepError(
                     f"the step uses a tensor of shape {tuple(value.shape)} that it is not given "
-                    f"({where(reader)}). Pass it, or the model it belongs to, as an argument: by itself, or "
-                    "in a list, tuple or dict (of another mapping, pass dict(batch))."
+                    f"({where(reader)}){self._origin(value)}"
                 )
 
+    def _origin(self, value: Tensor) -> str:
+        """Where a tensor comes from that is no input, and what to do about it."""
+
+        def same(x: Any) -> bool:
+            return isinstance(x, Tensor) and memory_of(local_part(x)) == memory_of(local_part(value))
+
+        if isinstance(value, compat.FakeTensor):
+            return (
+                ": it was computed where nothing is written down, by torch.autograd.backward (call "
+                "loss.backward() instead), or in code that hides from torch what it does."
+            )
+        for optimizer in self.state.roots.optimizers:
+            name = next((k for k, v in vars(optimizer).items() if same(v)), None)
+            if name is not None:
+                kind = type(optimizer).__name__
+                return f": '{name}', an attribute of {kind}. Keep it in the optimizer's state of a parameter."
+        record, key = self.around.find(same) or (None, None)
+        if record is None:
+            return (
+                ". Pass it, or the model it belongs to, as an argument: by itself, or in a list, tuple or "
+                "dict (of another mapping, pass dict(batch))."
+            )
+        if isinstance(record.owner, torch.nn.Module):
+            kind, name = type(record.owner).__name__, key if record.holder is record.owner else record.name
+            return f": '{name}', an attribute of a {kind}. Make it a buffer there (register_buffer)."
+        if isinstance(record.holder, (CellType, Globals)):
+            return f": '{key}', which stands around it. Pass it as an argument."
+        name = record.name if isinstance(record.holder, (list, dict, set, deque)) else f"{record.name}.{key}"
+        return f": '{name}'. Pass it by itself, or in a list, tuple or dict."
 
     def _refuse_writes(self) -> None:
         """Writes that would be lost, or that another input should see."""
@@ -368,7 +420,8 @@ class Watch(TorchFunctionMode):
 
     ``owners`` maps the id of a leaf (what the program differentiates for) to its parameter; ``policies`` are
     those of selective checkpoints, by number. ``replaced`` has the names of parameters with stand-ins by id,
-    ``stale`` the learning rates that a scheduler would have changed.
+    ``stale`` the learning rates that a scheduler would have changed. ``asked`` is the first line that asked
+    for a value.
     """
 
     def __init__(self) -> None:
@@ -381,6 +434,7 @@ class Watch(TorchFunctionMode):
         self.seeded = _SEED
         self.replaced: dict[int, str] = {}
         self.stale: dict[int, Tensor] = {}
+        self.asked = ""
         self.seen: Node | None = None
 
     def __torch_function__(
@@ -390,22 +444,12 @@ class Watch(TorchFunctionMode):
         self.refuse_seeds()
         given = tree_leaves((args, kwargs))
         self._refuse_use(func, given)
-        if func is Tensor.backward:
-            self.backward(*args, **kwargs)
-            result = None
-        elif func == _DATA.__get__:
-            result = self.__torch_function__(Tensor.detach, types, args)
-        elif func in _REFUSED:
-            raise StepError(f"{_REFUSED[func]}: {line_of_user()}")
-        elif any(isinstance(x, DTensor) for x in given):
-            if _is_followed(func, (args, kwargs)):
-                args, kwargs = tree_map(_whole, (args, kwargs))
-                result = func(*args, **kwargs)
-            else:
-                with compat.recording_below_autograd():
-                    result = func(*args, **kwargs)
-        else:
-            result = func(*args, **kwargs)
+        try:
+            result = self._called(func, types, args, kwargs, given)
+        except Exception as error:
+            if compat.needs_data(error):
+                self.asked = self.asked or line_of_user()
+            raise
         if func in _SETS_REQUIRES_GRAD and hasattr(args[0], "_autodist_leaf"):
             args[0]._autodist_leaf.requires_grad_(args[0].requires_grad)
         self._describe()
@@ -428,9 +472,33 @@ class Watch(TorchFunctionMode):
                 "runs would draw other numbers. Seed outside of the step."
             )
 
+    def _called(
+        self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Any]
+    ) -> Any:
+        if func is Tensor.backward:
+            return self.backward(*args, **kwargs)
+        if func == _DATA.__get__:
+            return self.__torch_function__(Tensor.detach, types, args)
+        if func in _REFUSED:
+            raise StepError(f"{_REFUSED[func]}: {line_of_user()}")
+        if any(isinstance(x, DTensor) for x in given):
+            if _is_followed(func, (args, kwargs)):
+                args, kwargs = tree_map(_whole, (args, kwargs))
+                return func(*args, **kwargs)
+            with compat.recording_below_autograd():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
     def _refuse_use(self, func: Any, given: Sequence[Any]) -> None:
         real = next((self.replaced[id(x)] for x in given if id(x) in self.replaced), None)
         if real is not None:
+            selves = (f.f_locals.get("self") for f in compat.python_frames())
+            optimizer = next((x for x in selves if isinstance(x, torch.optim.Optimizer)), None)
+            if optimizer is not None:
+                raise StepError(
+                    f"the step calls a {type(optimizer).__name__} that it neither is given nor names: "
+                    f"{line_of_user()}. Pass the optimizer as an argument."
+                )
             raise StepError(
                 f"the step reaches the parameter '{real}' through an object that is not looked into: "
                 f"{line_of_user()}. Take it from the model, or pass it in a list, tuple or dict."
@@ -586,6 +654,8 @@ _SETS_REQUIRES_GRAD = (Tensor.requires_grad_, _REQUIRES_GRAD.__set__)
 _REFUSED = {
     _DATA.__set__: "the step sets .data of a tensor; write into it instead, p.data.copy_(value)",
     Tensor.__format__: "the step formats a tensor, which has no value while captured; return it instead",
+    Tensor.numpy: "the step makes an array of a tensor, which has no value while captured; return it instead",
+    Tensor.__array__: "the step makes an array of a tensor, which has no value yet; return it instead",
     torch.autograd.grad: "the step calls torch.autograd.grad, whose results may be differentiated again",
     Tensor.register_hook: "the step registers a hook on a value, which would run only while it is captured",
     Tensor.retain_grad: "the step retains the gradient of a value that is no parameter",
@@ -649,35 +719,57 @@ def _explain(error: Exception) -> None:
     """Raise :class:`StepError` in the place of an error that comes of there being no data."""
     if isinstance(error, StepError):
         return
-    optimizer = _optimizer_of(error)
+    frames = list(traceback.walk_tb(error.__traceback__))
+    optimizer = _optimizer_of(frames)
     if optimizer is not None:
+        reason = str(error)
+        if compat.needs_data(error):
+            inside = [(f, n) for f, n in frames if f.f_locals.get("self") is optimizer or _is_optimizers(f)]
+            reason = f"it needs the value of a tensor, of which there is none yet ({_place(inside)})"
         raise StepError(
-            f"{optimizer}.step cannot be captured: {error}. Use another optimizer, or call its step outside, "
-            "after a backward through a model compiled with backend='autodist'."
+            f"{type(optimizer).__name__}.step cannot be captured: {reason}. Use another optimizer, or call "
+            "its step outside, after a backward through a model compiled with backend='autodist'."
         ) from error
-    if not compat.needs_data(error):
-        return
-    frames = traceback.walk_tb(error.__traceback__)
-    places = [(f, n) for f, n in frames if _is_users(f.f_code.co_filename)]
-    lines = traceback.format_list(traceback.StackSummary.extract(iter(places[-1:])))
-    place = innermost("".join(lines))
-    raise StepError(
-        f"the step needs the value of a tensor: {place}. It is captured once, without data, so it cannot "
+    if compat.needs_data(error):
+        raise _needs_value(_place([(f, n) for f, n in frames if _is_users(f.f_code.co_filename)])) from error
+
+
+def _place(frames: Sequence[tuple[Any, int]]) -> str:
+    lines = traceback.format_list(traceback.StackSummary.extract(iter(frames[-1:])))
+    return innermost("".join(lines))
+
+
+def _needs_value(line: str) -> StepError:
+    return StepError(
+        f"the step needs the value of a tensor: {line}. It is captured once, without data, so it cannot "
         "branch on a tensor, take a number out of one or print one. Use torch.where, return the tensor and "
         "look at it after the step, or leave this part out of the function."
-    ) from error
+    )
 
 
-def _optimizer_of(error: Exception) -> str | None:
+def _is_optimizers(frame: Any) -> bool:
+    return f"optim{os.sep}" in frame.f_code.co_filename
+
+
+def _optimizer_of(frames: Sequence[tuple[Any, int]]) -> torch.optim.Optimizer | None:
     """The optimizer in whose code an error arose."""
-    frames = [f for f, _ in traceback.walk_tb(error.__traceback__)]
-    inside = [f.f_locals.get("self") for f in frames if f"optim{os.sep}" in f.f_code.co_filename]
-    own = next((x for x in inside if isinstance(x, torch.optim.Optimizer)), None)
-    return None if own is None else type(own).__name__
+    inside = [f.f_locals.get("self") for f, _ in frames if _is_optimizers(f)]
+    return next((x for x in inside if isinstance(x, torch.optim.Optimizer)), None)
 
 
 def _refuse_inputs(state: State, tensors: Sequence[Tensor], leaves: Sequence[Any]) -> None:
+    for optimizer in state.roots.optimizers:
+        if any(g.get("differentiable") for g in optimizer.param_groups):
+            raise StepError(
+                f"{type(optimizer).__name__} was made with differentiable=True, but a captured step does not "
+                "differentiate through an update. Leave it out."
+            )
     for tensor in tensors:
+        if tensor.is_inference():
+            raise StepError(
+                f"an argument of shape {tuple(tensor.shape)} was made under torch.inference_mode(), and "
+                "autograd does not take it. Make it under torch.no_grad(), or pass a copy (clone())."
+            )
         if tensor.requires_grad and not any(tensor is p for p in state.parameters):
             raise StepError(
                 f"an argument of shape {tuple(tensor.shape)} requires a gradient; a step gives gradients to "
@@ -711,6 +803,12 @@ def _refuse_settings(
                 f"the step changes '{changed[0]}' of a parameter group, which a captured step would not do "
                 "again. Pass a scheduler to the step, or change the group outside of it."
             )
+
+
+def _optimizer_states(state: State) -> dict[tuple[int, int], dict[Any, Any]]:
+    """What optimizers keep for parameters now, by the optimizer's number and the parameter's id."""
+    optimizers = enumerate(state.roots.optimizers)
+    return {(i, id(p)): dict(values) for i, o in optimizers for p, values in o.state.items()}
 
 
 def _refuse_replaced(state: State, parameters: Sequence[Tensor]) -> None:

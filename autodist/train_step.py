@@ -40,7 +40,7 @@ from autodist.prepare import prepare, prepared_job, repoint
 from autodist.runtime import compat
 from autodist.runtime.compat import tree_flatten, tree_leaves, tree_unflatten
 from autodist.runtime.outputs import SameBatch
-from autodist.step_capture import Captured, Result, capture, program_inputs
+from autodist.step_capture import Captured, Result, StepError, capture, program_inputs
 from autodist.step_state import State, outside_values, roots_of
 from autodist.verify_step import StepReport, verify_step
 
@@ -95,6 +95,7 @@ class TrainStep:
         owner = getattr(self.function, "__self__", None)
         return self.function.__qualname__ if owner is None else (getattr, (owner, self.function.__name__))
 
+    @compat.not_alone
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -153,9 +154,16 @@ class TrainStep:
     ) -> Program:  # fmt: skip
         assert self.job is not None
         dynamic = self._changing(tensors)
-        captured = capture(self.function, arguments, state, dynamic)
+        try:
+            captured = capture(self.function, arguments, state, dynamic)
+            compiled = compile_step(captured, self.job, kernels=not captured.new_moments)
+        except ZeroDivisionError as error:
+            if all(x.numel() for x in tensors):
+                raise
+            raise StepError(
+                "an argument is an empty tensor, and the step divides by its size. Leave such a batch out."
+            ) from error
         key.constants = copy.deepcopy(key.constants)
-        compiled = compile_step(captured, self.job, kernels=not captured.new_moments)
         program = Program(key, captured, compiled, self.job)
         if not captured.new_moments:
             self.programs.append(program)

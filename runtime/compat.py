@@ -313,6 +313,11 @@ def copies_literal(target: Any) -> bool:
     return target in (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
 
 
+def is_eager_collective(target: Any) -> bool:
+    """Whether a recorded call is a collective of torch.distributed that writes into its arguments."""
+    return isinstance(target, OpOverload) and target.namespace == "c10d"
+
+
 def is_profiling(target: Any) -> bool:
     """Whether a captured call tells the profiler where the program is."""
     return isinstance(target, OpOverload) and target.namespace == "profiler"

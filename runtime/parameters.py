@@ -273,6 +273,15 @@ def replace_parameters(root: nn.Module, convert: Callable[[str, nn.Parameter], n
             read_through(module, tuple(owned), held)
 
 
+def adopt(root: nn.Module) -> None:
+    """Give ``root`` the successors of parameters that were replaced through another model."""
+    for module in root.modules():
+        moved = {n: p.successor for n, p in module._parameters.items() if isinstance(p, MovedParameter)}
+        if moved:
+            module._parameters.update(moved)
+            read_through(module, tuple(moved))
+
+
 def read_through(module: nn.Module, names: tuple[str, ...], held: tuple[str, ...] = ()) -> None:
     """Make reading ``names`` of ``module`` (parameters) and ``held`` (containers of them) unshard."""
     base: type[nn.Module] = getattr(type(module), "_autodist_base", type(module))

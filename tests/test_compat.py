@@ -1031,6 +1031,8 @@ def test_modes_and_profiling_are_known_by_their_calls() -> None:
     literal = compat.trace_step(lambda x: [x + torch.tensor(1.0)], [fake], mode, _Watching())
     assert any(map(compat.copies_literal, _calls(literal)))
     assert any(map(compat.is_profiling, targets)) and compat.SET_GRAD_ENABLED in targets
+    assert not any(map(compat.is_eager_collective, targets))
+    assert compat.is_eager_collective(torch.ops.c10d.allreduce_.default)
 
 
 def test_forward_and_backward_are_traced_together() -> None:

@@ -6,6 +6,7 @@ mean over them. The eager lowering runs the same passes as Inductor, which is te
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -563,8 +564,14 @@ def freezes_a_while(model: Any, optimizer: Any, x: Tensor) -> Tensor:
     return loss.detach()
 
 
+def one_after_another(first: Any, second: Any, optimizer: Any, x: Tensor) -> None:
+    second(first(x)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def reached() -> None:
-    """Parameters that a step finds in lists of its closure are its models' own; so is what .data gives."""
+    """Parameters in lists of a step's closure are its models' own; so are those that two models share."""
     picks: list[Callable[..., Any]] = [
         lambda listed, named, nested, chosen: listed,
         lambda listed, named, nested, chosen: named.values(),
@@ -583,6 +590,18 @@ def reached() -> None:
             for a, b in zip(step(x_of(number)), wanted(x_of(number)), strict=True):
                 torch.testing.assert_close(full(a), b.detach())
         check(model, reference)
+    fresh()
+    pairs = []
+    for _ in range(2):
+        first, second = nn.Linear(7, 7), nn.Linear(7, 7)
+        second.weight = first.weight
+        pairs.append((first, second, torch.optim.SGD([*first.parameters(), second.bias], lr=0.1)))
+    for module, other in zip(pairs[0][:2], pairs[1][:2], strict=True):
+        other.load_state_dict(module.state_dict())
+    shared = autodist.train_step(plan=EAGER)(one_after_another)
+    for number in range(3):
+        shared(*pairs[0], x_of(number)), one_after_another(*pairs[1], x_of(number))
+    check(pairs[0][0], pairs[1][0]), check(pairs[0][1], pairs[1][1])
     side_by_side(Mlp, averages, data_average, [(x_of(n),) for n in range(3)])
     side_by_side(Mlp, with_sgd, freezes_a_while, [(x_of(n),) for n in range(3)])
 
@@ -1091,6 +1110,33 @@ def early_schedule(model: nn.Module, optimizer: Any, scheduler: Any, x: Tensor) 
     optimizer.step()
 
 
+class Scaled(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.ones(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.scale)
+
+
+def other_backward(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    torch.autograd.backward([model(x)])
+    optimizer.step()
+
+
+def catches(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    loss = model(x)
+    with contextlib.suppress(Exception):
+        loss.item()
+    loss.backward()
+
+
+def reduces(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+    loss = model(x).detach().clone()
+    dist.all_reduce(loss)
+    return loss
+
+
 LOG: list[Any] = []
 NUMBERS = itertools.count()
 
@@ -1174,7 +1220,12 @@ REFUSED: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], list[str]]
     "fork": (forks, Mlp, ["puts its state back", "test_train_step.py"]),
     "own generator": (seeds_its_own, Mlp, ["seeds one of", "in its last lines"]),
     "outside": (counts, Mlp, ["changes 'Around'"]),
-    "global tensor": (uses_a_global_tensor, Mlp, ["not given", "test_train_step.py", "dict(batch)"]),
+    "global tensor": (uses_a_global_tensor, Mlp, ["not given", "test_train_step.py", "'FIXED'", "argument"]),
+    "plain tensor": (lambda m, o, x: m(x), Scaled, ["'scale', an attribute of a Scaled", "register_buffer"]),
+    "backward": (other_backward, Mlp, ["torch.autograd.backward", "loss.backward()"]),
+    "caught": (catches, Mlp, ["needs the value of a tensor", "in catches"]),
+    "numpy": (lambda m, o, x: m(x).detach().numpy(), Mlp, ["makes an array", "test_train_step.py"]),
+    "collective": (reduces, Mlp, ["collective of torch.distributed", "test_train_step.py"]),
     "list": (keeps, Mlp, ["changes element 0 of the list 'LOG'", "return what is new"]),
     "global": (names, Mlp, ["changes 'LAST'"]),
     "buffer": (lambda m, o, x: m(x), Filled, ["changes 'mean', a buffer of a Filled that is None"]),
@@ -1203,7 +1254,6 @@ def refusals(names: Sequence[str]) -> dict[str, str]:
         found[name] = refusal(autodist.StepError, lambda step=step, m=model, o=optimizer: step(m, o, x_of(0)))
         assert all(p.grad is None for p in model.parameters()), "nothing was done"
         assert torch.equal(torch.get_rng_state(), state)
-
 
         left = [*model.parameters(), *model._buffers.values(), *LOG, globals().get("LAST")]
         assert not any(isinstance(x, compat.FakeTensor) for x in left), "nothing was left behind"
@@ -1259,9 +1309,62 @@ def refused_arguments() -> None:
     for late, line in ((lambda lr: lr, "among its results"), (lambda lr: lr * 2, "test_train_step.py")):
         with pytest.raises(autodist.StepError, match=f"read after the scheduler's step: .*{line}"):
             autodist.train_step(plan=EAGER)(_reading(late))(model, *with_schedule(model), x_of(0))
-    for kind in (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Rprop):
-        with pytest.raises(autodist.StepError, match=f"{kind.__name__}.step cannot be captured"):
-            autodist.train_step(plan=EAGER)(plain)(model, kind(model.parameters()), {"x": x_of(0)})
+    with torch.inference_mode():
+        made = x_of(0) * 2
+    for x, why in ((torch.empty(0, 7), "is an empty tensor"), (made, "made under torch.inference_mode")):
+        with pytest.raises(autodist.StepError, match=why):
+            autodist.train_step(plan=EAGER)(plain)(model, optimizer, {"x": x})
+    with pytest.raises(autodist.StepError, match=r"'batch\.loss'.*Pass it by itself"):
+        held = autodist.train_step(plan=EAGER)(lambda model, optimizer, batch: model(batch.loss))
+        held(model, optimizer, Held(x_of(0)))
+    with pytest.raises(autodist.StepError, match="calls a SGD that it neither is given nor names"):
+        hidden = autodist.train_step(plan=EAGER)(lambda m, o, x: plain(m, o.loss, {"x": x}))
+        hidden(model, Held(optimizer), x_of(0))  # type: ignore[arg-type]
+    compiled: Any = torch.compile(autodist.train_step(plan=EAGER)(plain), backend="eager")
+    assert compiled(model, optimizer, {"x": x_of(0)}) > 0
+
+
+class Own(torch.optim.Optimizer):
+    """Counts in Python, keeps a tensor as an attribute, or state that is no parameter's."""
+
+    def __init__(self, parameters: Any, way: str) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.way, self.factor = way, torch.ones(())
+
+    def step(self) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if self.way == "count":
+                self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            elif self.way == "common":
+                self.state["common"]["mean"] = p.grad.mean()
+            else:
+                p.grad.mul_(self.factor)
+
+
+def refused_optimizers() -> None:
+    """Each with its reason."""
+    values = r"needs the value of a tensor, of which there is none yet \(File .*optim"
+    matrices = lambda p: torch.optim.Muon([x for x in p if x.dim() == 2])  # noqa: E731
+    reasons: list[tuple[Callable[[Any], Any], str]] = [
+        (torch.optim.Adafactor, f"Adafactor.step cannot be captured: it {values}"),
+        (torch.optim.Rprop, f"Rprop.step cannot be captured: it {values}"),
+        (matrices, f"Muon.step cannot be captured: it {values}"),
+        (torch.optim.LBFGS, "LBFGS.step cannot be captured: .*closure"),
+        (torch.optim.SparseAdam, "SparseAdam.step cannot be captured: .*dense gradients"),
+        (lambda p: adamw(p, differentiable=True), "AdamW was made with differentiable=True"),
+        (lambda p: Own(p, "count"), "Own keeps 'step' in its state as a int and changes it"),
+        (lambda p: Own(p, "common"), r"Own keeps state that belongs to no parameter \(state\['common'\]\)"),
+        (lambda p: Own(p, "attribute"), "'factor', an attribute of Own"),
+    ]
+    for make, reason in reasons:
+        fresh()
+        model = Mlp()
+        with pytest.raises(autodist.StepError, match=reason):
+            autodist.train_step(plan=EAGER)(plain)(model, make(model.parameters()), {"x": x_of(0)})
+
+
+def test_refused_optimizers() -> None:
+    run_ranks(refused_optimizers, 1)
 
 
 def test_refused_arguments() -> None:
