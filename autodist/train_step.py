@@ -31,6 +31,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from autodist.compiler import compile_step
 from autodist.job import Job, num_ranks, start_job
@@ -40,8 +41,9 @@ from autodist.prepare import prepare, prepared_job, repoint
 from autodist.runtime import compat
 from autodist.runtime.compat import tree_flatten, tree_leaves, tree_unflatten
 from autodist.runtime.outputs import SameBatch
+from autodist.runtime.parameters import MovedParameter
 from autodist.step_capture import Captured, Result, StepError, capture, program_inputs
-from autodist.step_state import State, outside_values, roots_of
+from autodist.step_state import State, memory_of, outside_values, roots_of
 from autodist.verify_step import StepReport, verify_step
 
 P = ParamSpec("P")
@@ -105,6 +107,7 @@ class TrainStep:
         for program in self.programs:
             if program.holds(key, tensors):
                 return program.run(state, tensors)
+        _refuse_views(state, tensors)
         self._prepare(state)
         state = self._current_state(others, fresh=True)
         key = self._key(structure, others, tensors, state)
@@ -207,6 +210,20 @@ class _Key:
 def _equal(a: Any, b: Any) -> bool:
     plain = (int, float, bool, str, bytes, complex)
     return type(a) is type(b) and isinstance(a, plain) and bool(a == b)
+
+
+def _refuse_views(state: State, tensors: Sequence[Tensor]) -> None:
+    """What shares memory with a parameter that is now to be sharded would be left behind."""
+    if num_ranks() == 1:
+        return
+    parameters = zip(state.names, state.parameters, strict=True)
+    whole = {memory_of(p): n for n, p in parameters if not isinstance(p, (DTensor, MovedParameter))}
+    for x in tensors:
+        if not isinstance(x, (DTensor, torch.nn.Parameter)) and memory_of(x) in whole:
+            raise StepError(
+                f"an argument of shape {tuple(x.shape)} shares memory with '{whole[memory_of(x)]}', which is "
+                "sharded by this call. Make it after autodist.prepare(model, plan), from model.parameters()."
+            )
 
 
 def _kind(x: Tensor) -> Any:

@@ -643,6 +643,11 @@ def attributes() -> None:
         step = autodist.train_step(plan=EAGER)(function)
         message = refusal(autodist.StepError, lambda s=step, m=model: s(m, *with_sgd(m), x_of(0)))
         assert wanted in message and "test_train_step.py" in message and "named_parameters()" in message
+    if dist.get_world_size() > 1:
+        model = Mlp()
+        given = (model, *with_sgd(model), [p.detach() for p in model.parameters()], x_of(0))
+        with pytest.raises(autodist.StepError, match=r"shares memory with 'up\.weight', which is sharded"):
+            autodist.train_step(plan=EAGER)(with_average)(*given)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
