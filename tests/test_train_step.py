@@ -1259,7 +1259,6 @@ def refusals(names: Sequence[str]) -> dict[str, str]:
         found[name] = refusal(autodist.StepError, lambda step=step, m=model, o=optimizer: step(m, o, x_of(0)))
         assert all(p.grad is None for p in model.parameters()), "nothing was done"
         assert torch.equal(torch.get_rng_state(), state)
-
         left = [*model.parameters(), *model._buffers.values(), *LOG, globals().get("LAST")]
         assert not any(isinstance(x, compat.FakeTensor) for x in left), "nothing was left behind"
     return found
