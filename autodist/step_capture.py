@@ -218,6 +218,7 @@ class _Capture:
         given_tensors = zip(self.tensors, tensors, strict=True)
         tensors = [self.stand_ins.setdefault(id(x), fake) for x, fake in given_tensors]
         with state.holding(parameters, buffers, moments, rates):
+            _refuse_sets(self.around, self.stand_ins)
             self.around.stand_in(self.stand_ins)
             args, kwargs = self._arguments()
             containers = Surroundings(named_arguments(self.function, (args, kwargs)), objects=False)
@@ -824,6 +825,17 @@ def _refuse_replaced(state: State, parameters: Sequence[Tensor]) -> None:
             raise StepError(
                 f"the step sets requires_grad of '{name}', and leaves it so; a captured step would not do "
                 "that again. Set it outside of the step, or set it back at the step's end."
+            )
+
+
+def _refuse_sets(around: Surroundings, stand_ins: dict[int, Any]) -> None:
+    """A set of tensors has another order on each rank, and so would what is done to them."""
+    for record in around.records:
+        stands = [stand_ins.get(i) for i in record.saved] if isinstance(record.holder, set) else []
+        if sum(isinstance(x, DTensor) for x in stands) > 1:
+            raise StepError(
+                f"'{record.name}' holds sharded parameters in a set, whose order differs from rank to rank. "
+                "Use a list, or dict.fromkeys(parameters), which keep their order."
             )
 
 

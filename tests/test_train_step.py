@@ -527,7 +527,7 @@ def clipping(pick: Callable[..., Any]) -> Callable[..., Callable[[Tensor], Any]]
 
     def make(model: nn.Module, optimizer: Any) -> Callable[[Tensor], Any]:
         listed, named = list(model.parameters()), dict(model.named_parameters())
-        nested, chosen = (set(listed), {"by name": [named]}), listed[0]
+        nested, chosen = (listed, {"by name": [named]}), listed[0]
 
         def step(x: Tensor) -> tuple[Tensor, Tensor]:
             loss = model(x)
@@ -564,6 +564,19 @@ def freezes_a_while(model: Any, optimizer: Any, x: Tensor) -> Tensor:
     return loss.detach()
 
 
+def in_a_set(model: nn.Module, optimizer: Any, parameters: set[Any], x: Tensor) -> Tensor:
+    loss = model(x)
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def with_set(model: nn.Module) -> tuple[Any, ...]:
+    return *with_sgd(model), set(model.parameters())
+
+
 def one_after_another(first: Any, second: Any, optimizer: Any, x: Tensor) -> None:
     second(first(x)).square().mean().backward()
     optimizer.step()
@@ -575,7 +588,6 @@ def reached() -> None:
     picks: list[Callable[..., Any]] = [
         lambda listed, named, nested, chosen: listed,
         lambda listed, named, nested, chosen: named.values(),
-        lambda listed, named, nested, chosen: nested[0],
         lambda listed, named, nested, chosen: nested[1]["by name"][0].values(),
         lambda listed, named, nested, chosen: [chosen],
     ]
@@ -602,6 +614,11 @@ def reached() -> None:
     for number in range(3):
         shared(*pairs[0], x_of(number)), one_after_another(*pairs[1], x_of(number))
     check(pairs[0][0], pairs[1][0]), check(pairs[0][1], pairs[1][1])
+    if dist.get_world_size() == 1:
+        side_by_side(Mlp, with_set, in_a_set, [(x_of(n),) for n in range(2)])
+    else:  # each rank would go through it in an order of its own
+        with pytest.raises(autodist.StepError, match="'parameters' holds sharded parameters in a set"):
+            side_by_side(Mlp, with_set, in_a_set, [(x_of(0),)])
     side_by_side(Mlp, averages, data_average, [(x_of(n),) for n in range(3)])
     side_by_side(Mlp, with_sgd, freezes_a_while, [(x_of(n),) for n in range(3)])
 
