@@ -211,7 +211,7 @@ def _substituted(value: Any, stand_ins: Mapping[int, Any]) -> Any:
         found = [_substituted(x, stand_ins) for x in value]
         if all(a is b for a, b in zip(found, value, strict=True)):
             return value
-        return type(value)(*found) if hasattr(value, "_fields") else tuple(found)
+        return tuple(found) if type(value) is tuple else type(value)(*found)  # a named tuple
     return stand_ins.get(id(value), value)
 
 

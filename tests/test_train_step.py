@@ -11,7 +11,6 @@ import copy
 import functools
 import itertools
 import random
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -1505,7 +1504,7 @@ def peaks() -> tuple[int, int, int]:
             with peak_bytes() as allocations:
                 step(x)
             measured.append(allocations.peak)
-        found.append(int(statistics.median(measured)))
+        found.append(min(measured))  # gloo's threads may hold finished buffers longer, but not shorter
     shards = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[attr-defined]
     return found[0], found[1], shards
 
