@@ -1,5 +1,6 @@
 # make demo      train a small Llama on 2 processes, stop, go on with 3, then with 1
-# make test      lint, types of the built package, tests
+# make test      lint, types of the built package, all tests
+# make quick     the tests that take less than ten minutes together
 # make compat    the tests that notice moved torch internals, on each torch of TORCHES
 # make bench     autodist beside DDP, FSDP2 and (where installed) DeepSpeed
 # make clean     remove everything the targets above made
@@ -38,7 +39,7 @@ CAN_COMPILE = import os, pathlib, shutil, sysconfig; \
 	header = pathlib.Path(sysconfig.get_path("include"), "Python.h"); \
 	print("inductor" if compiler and header.exists() else "eager")
 
-.PHONY: demo test lint types unit compat bench clean
+.PHONY: demo test lint types unit quick compat bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -67,6 +68,9 @@ types: .venv/test
 
 unit: .venv/test
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST)
+
+quick: .venv/test
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) -m "not thorough"
 
 compat: $(TORCHES:%=.venv-torch-%/test)
 	@for torch in $(TORCHES); do \

@@ -31,13 +31,14 @@ from autodist.runtime.parameters import MixedReadError
 from autodist.step_capture import program_inputs
 from autodist.step_state import State, roots_of
 from tests.allocations import peak_bytes
-from tests.models import CASES
+from tests.models import CASES, VOCAB
 from tests.parity import full
 from tests.ranks import run_ranks
 from tests.sequence import fresh
 from tests.test_training import refusal
 
 EAGER: dict[str, Any] = {"lowering": "eager"}
+thorough = pytest.mark.thorough
 Batch = dict[str, Any]
 
 
@@ -75,11 +76,20 @@ def mlp_batch(g: torch.Generator, rows: int = 5) -> Batch:
     return {"x": torch.randn(rows, 7, generator=g)}
 
 
+def one_layer() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "vocab_size": VOCAB, "max_position_embeddings": 32}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+
+
 Maker = tuple[Callable[[], nn.Module], Callable[..., Batch]]
 MODELS: dict[str, Maker] = {
     "net": (Net, net_batch),
     "mlp": (Mlp, mlp_batch),
     "llama": (CASES["llama"].build, CASES["llama"].batch),
+    "layer": (one_layer, CASES["llama"].batch),
 }
 
 
@@ -189,15 +199,16 @@ def check(model: nn.Module, reference: nn.Module, tolerance: float = 1e-4, buffe
 def optimizers(names: Sequence[str], model: str) -> None:
     for name in names:
         try:
-            _, step = train(model, OPTIMIZERS[name], plain, EAGER, steps=4)
+            _, step = train(model, OPTIMIZERS[name], plain, EAGER)
         except Exception as failure:
             raise AssertionError(f"{name} on {model}") from failure
         assert len(step.programs) == 1, name
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_optimizers(ranks: int) -> None:
-    run_ranks(optimizers, ranks, list(OPTIMIZERS), "net")
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=thorough), pytest.param(4, marks=thorough)])
+@pytest.mark.parametrize("model", ["net", pytest.param("layer", marks=thorough)])
+def test_optimizers(model: str, ranks: int) -> None:
+    run_ranks(optimizers, ranks, list(OPTIMIZERS), model, seconds=900)
 
 
 def ten_steps(name: str, options: dict[str, Any]) -> None:
