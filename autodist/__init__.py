@@ -11,13 +11,13 @@ __version__ = "0.1.0"
 from autodist import backend  # noqa: F401  (watches optimizers from now on)
 from autodist.checkpoint import export, load, save
 from autodist.passes.analysis.placement import PlacementError
+from autodist.passes.base import StepError
 from autodist.plan import Plan, PlanError
 from autodist.prepare import PrepareError, prepare
 from autodist.runtime.agreement import DisagreementError, MissingRanksError
 from autodist.runtime.monitor import PeerError
 from autodist.runtime.outputs import DifferentBatchError, WithheldOutputError
 from autodist.runtime.parameters import LostWriteError, MixedReadError, MovedParameterError
-from autodist.step_capture import StepError
 from autodist.train_step import train_step
 from autodist.verify import Report, verify
 

@@ -17,7 +17,6 @@ to Python values of the models, which a program would not make again.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import random
 import sys
@@ -41,16 +40,9 @@ from autodist.runtime import compat, dialect
 from autodist.runtime.compat import local_part, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from autodist.runtime.gradients import gradients
 from autodist.runtime.parameters import captured_parameter, is_captured, unshard
-from autodist.step_changes import Globals, Record, Surroundings, iterators, named_arguments, outer_names
-from autodist.step_state import (
-    REGISTRIES,
-    Scheduler,
-    State,
-    hyperparameters,
-    memory_of,
-    named_objects,
-    outside_values,
-)
+from autodist.step_changes import Globals, Record, Snapshot, iterators, named_arguments, outer_names
+from autodist.step_guards import REGISTRIES, Scheduler, Surroundings, named_objects, step_roots
+from autodist.step_state import State, hyperparameters, memory_of
 
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__, compat.__file__))
 _FRAMES = 8
@@ -146,14 +138,14 @@ class _Capture:
         self.made = Captured(fakes, _names(state), mode, len(state.parameters), fakes[first:])
         self.watch = Watch()
         self.given: set[int] = set()
-        self.around = Surroundings(named_arguments(function, arguments), [function])
+        self.snapshot = Snapshot(named_arguments(function, arguments), [function])
         self.stand_ins: dict[int, Any] = {
             id(s): Later(s, self.made.calls, self.watch) for s in state.roots.schedulers
         }
 
     def run(self) -> Captured:
         _refuse_iterators(self.function, self.arguments)
-        outside = copy.deepcopy(self._outside())
+        outside = self._outside()
         drawn = _random_states()
         self.watch.generators = self._generators()
         states = [g.get_state() for g in self.watch.generators]
@@ -162,19 +154,18 @@ class _Capture:
             self.made.graph = compat.trace_step(self._traced, self.made.inputs, self.made.mode, self.watch)
             if self.watch.asked:  # and the step has caught the error
                 raise _needs_value(self.watch.asked)
-            _refuse_changes(self.around, self.stand_ins)
+            _refuse_changes(self.snapshot, self.stand_ins)
         except Exception as error:
             _explain(error)
             raise
         finally:
             for generator, seeded in zip(self.watch.generators, states, strict=True):
                 generator.set_state(seeded)
-            self.around.restore()
+            self.snapshot.restore()
         self._refuse_constants()
         self._refuse_writes()
-        if self._outside() != outside:
-            pairs = zip(outside, self._outside(), strict=True)
-            name = next(a[0] for a, b in pairs if a != b)
+        name = outside.difference(self._outside())
+        if name is not None:
             raise StepError(
                 f"the step changes '{name}', a Python value outside of it. A captured step runs its Python "
                 "only once: return what changes, or change it outside of the step."
@@ -195,8 +186,8 @@ class _Capture:
         given = [*self.leaves, *named_objects(self.function).values()]
         return [*ours, *(x for x in given if isinstance(x, torch.Generator))]
 
-    def _outside(self) -> list[Any]:
-        return outside_values(self.function, [x for x in self.leaves if not isinstance(x, Tensor)])
+    def _outside(self) -> Surroundings:
+        return Surroundings(step_roots(self.function, self.leaves))
 
     def _traced(self, *flat: Any) -> list[Any]:
         state, given = self.state, iter(flat)
@@ -218,10 +209,10 @@ class _Capture:
         given_tensors = zip(self.tensors, tensors, strict=True)
         tensors = [self.stand_ins.setdefault(id(x), fake) for x, fake in given_tensors]
         with state.holding(parameters, buffers, moments, rates):
-            _refuse_sets(self.around, self.stand_ins)
-            self.around.stand_in(self.stand_ins)
+            _refuse_sets(self.snapshot, self.stand_ins)
+            self.snapshot.stand_in(self.stand_ins)
             args, kwargs = self._arguments()
-            containers = Surroundings(named_arguments(self.function, (args, kwargs)), objects=False)
+            containers = Snapshot(named_arguments(self.function, (args, kwargs)), objects=False)
             settings = [hyperparameters(g) for g in state.groups]
             kept = _optimizer_states(state)
             written = [(r, compat.times_written(r)) for r in rates]
@@ -345,7 +336,7 @@ class _Capture:
             if name is not None:
                 kind = type(optimizer).__name__
                 return f": '{name}', an attribute of {kind}. Keep it in the optimizer's state of a parameter."
-        record, key = self.around.find(same) or (None, None)
+        record, key = self.snapshot.find(same) or (None, None)
         if record is None:
             return (
                 ". Pass it, or the model it belongs to, as an argument: by itself, or in a list, tuple or "
@@ -385,12 +376,15 @@ class _Capture:
                 )
 
 
-def program_inputs(state: State, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What a program takes: see the module's text for the order."""
+def program_inputs(
+    state: State, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """What a program takes: see the module's text for the order. ``gradients`` are the state's, if known."""
+    gradients = state.gradients() if gradients is None else gradients
     parameters, moments = state.kept_parts
     return [
         *parameters,
-        *map(local_part, state.gradients()),
+        *(local_part(g) for g in gradients if g is not None),
         *state.buffers,
         *moments,
         *state.rates(),
@@ -828,9 +822,9 @@ def _refuse_replaced(state: State, parameters: Sequence[Tensor]) -> None:
             )
 
 
-def _refuse_sets(around: Surroundings, stand_ins: dict[int, Any]) -> None:
+def _refuse_sets(snapshot: Snapshot, stand_ins: dict[int, Any]) -> None:
     """A set of tensors has another order on each rank, and so would what is done to them."""
-    for record in around.records:
+    for record in snapshot.records:
         stands = [stand_ins.get(i) for i in record.saved] if isinstance(record.holder, set) else []
         if sum(isinstance(x, DTensor) for x in stands) > 1:
             raise StepError(
@@ -839,8 +833,8 @@ def _refuse_sets(around: Surroundings, stand_ins: dict[int, Any]) -> None:
             )
 
 
-def _refuse_changes(around: Surroundings, stand_ins: dict[int, Any]) -> None:
-    found = around.changed(stand_ins)
+def _refuse_changes(snapshot: Snapshot, stand_ins: dict[int, Any]) -> None:
+    found = snapshot.changed(stand_ins)
     if found is not None:
         what, remedy = _change(*found)
         raise StepError(f"the step changes {what}. A captured step runs its Python only once. {remedy}")
@@ -868,8 +862,7 @@ def _change(record: Record, key: Any) -> tuple[str, str]:
     if isinstance(holder, (list, dict, set, deque)):
         remedy = "Leave it as it is: return what is new, or make a copy and change that (dict(batch))."
         return f"{name} of the {type(holder).__name__} '{record.name}'", remedy
-    whole = record.name if isinstance(holder, type) else f"{record.name}.{key}"
-    whole = key if isinstance(holder, (CellType, Globals)) else whole
+    whole = key if isinstance(holder, (CellType, Globals)) else f"{record.name}.{key}"
     return f"'{whole}', a Python value outside of it", "Return what changes, or change it outside."
 
 

@@ -2,7 +2,7 @@
 
 A step runs its Python only while it is captured, with stand-ins for its tensors. What it changes of the
 objects that it can reach would be changed then and never again, and a stand-in that it leaves in one has no
-value. So these objects are recorded before, compared after, and put back (:class:`Surroundings`).
+value. So these objects are recorded before, compared after, and put back (:class:`Snapshot`).
 
 A *record* is one object with its contents: a list, dict or set, the attributes of an object, a class or a
 module, a closure's cell, the globals that a function names. Where one holds parameters, stand-ins take their
@@ -11,24 +11,27 @@ place while the step runs: a step that clips the gradients of a list from its cl
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import io
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autodist.step_state import Scheduler, filled, global_names, named_objects
+from autodist.step_guards import (
+    Scheduler,
+    global_names,
+    is_filled,
+    is_library,
+    is_open,
+    named_objects,
+    same_value,
+)
 
 _MANY = 1000
-_PLAIN = (int, float, complex, bool, str, bytes, type(None))
-_NAMESPACES = (SimpleNamespace, argparse.Namespace)
-_LIBRARIES = {"torch", "numpy", "autodist", *sys.stdlib_module_names} - {"__main__"}
 _CONTAINERS = (list, dict, set, deque, tuple)
 _Contents = dict[Any, Any]
 
@@ -64,7 +67,7 @@ class Record:
         if isinstance(holder, set):
             return {id(x): x for x in holder}
         if isinstance(holder, CellType):
-            return {self.name: holder.cell_contents} if filled(holder) else {}
+            return {self.name: holder.cell_contents} if is_filled(holder) else {}
         return holder.read() if isinstance(holder, Globals) else dict(vars(holder))
 
     def write(self, contents: _Contents) -> None:
@@ -119,7 +122,7 @@ class Record:
         return found or ([k for k in self.saved if k not in now][:1] if missing > 0 else [])
 
 
-class Surroundings:
+class Snapshot:
     """Records of everything that a step can reach: see the module's text.
 
     ``named`` are objects by name; without ``objects`` only containers among them are followed.
@@ -197,13 +200,13 @@ class Surroundings:
 
 
 def _is_followed(value: Any) -> bool:
-    if isinstance(value, (nn.Module, *Scheduler, *_NAMESPACES)):
+    if isinstance(value, (nn.Module, *Scheduler)):
         return True
     if isinstance(value, (Tensor, Optimizer, ModuleType)):
         return False
-    own = isinstance(value, (type, FunctionType, MethodType))
-    library = str((value if own else type(value)).__module__).split(".")[0]
-    return library not in _LIBRARIES and hasattr(value, "__dict__")
+    if isinstance(value, (FunctionType, MethodType)):
+        return not is_library(value.__module__)
+    return is_open(value) and hasattr(value, "__dict__")
 
 
 def _substituted(value: Any, stand_ins: Mapping[int, Any]) -> Any:
@@ -218,12 +221,10 @@ def _substituted(value: Any, stand_ins: Mapping[int, Any]) -> Any:
 def _same(now: Any, before: Any, stand_ins: Mapping[int, Any]) -> bool:
     if now is before or now is stand_ins.get(id(before), before):
         return True
-    if type(now) is not type(before):
-        return False
-    if isinstance(now, tuple):
+    if type(now) is type(before) and isinstance(now, tuple):
         pairs = zip(now, before, strict=False)
         return len(now) == len(before) and all(_same(a, b, stand_ins) for a, b in pairs)
-    return isinstance(now, _PLAIN) and bool(now == before)
+    return same_value(now, before)
 
 
 def named_arguments(

@@ -11,35 +11,31 @@ through them:
 
 A *place* is a dictionary and a key: where such a tensor is kept, and where another is put to take its part
 (:meth:`State.holding`). Everything else that a step can see of its models and optimizers is Python:
-a program is made for its values (:meth:`State.constants`) and runs only while they are the same.
+a program is made for its values (:mod:`autodist.step_guards`) and runs only while they are the same.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dis
 import functools
+import itertools
 import operator
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from autodist.runtime import compat
 from autodist.runtime.compat import local_part, tree_leaves, tree_map
 from autodist.runtime.parameters import containers, parameter_name
+from autodist.step_guards import Scheduler, Surroundings, is_number, lifts, named_objects, tensor_kind
 
-Scheduler = (LRScheduler, ReduceLROnPlateau)
 Place = tuple[dict[Any, Any], Any]
-_PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
-_MANY = 64
 
 
 @dataclass(frozen=True)
@@ -60,57 +56,6 @@ def roots_of(function: Callable[..., Any], arguments: Sequence[Any]) -> Roots:
         return tuple({id(x): x for x in leaves if isinstance(x, kind)}.values())
 
     return Roots(those(nn.Module), those(Optimizer), those(Scheduler))
-
-
-def named_objects(function: Callable[..., Any]) -> dict[str, Any]:
-    """What a function takes from around it: its ``self``, closure, defaults and the globals it names."""
-    plain = getattr(function, "__func__", function)
-    code = getattr(plain, "__code__", None)
-    if code is None:
-        return {}
-    cells = zip(code.co_freevars, plain.__closure__ or (), strict=True)
-    found = {name: cell.cell_contents for name, cell in cells if filled(cell)}
-    found |= {n: plain.__globals__[n] for n in global_names(code) if n in plain.__globals__}
-    found |= dict(plain.__kwdefaults__ or {})
-    owner = getattr(function, "__self__", None)
-    if owner is not None:
-        registries = REGISTRIES if isinstance(owner, nn.Module) else ()
-        found["self"] = owner
-        found |= {k: v for k, v in getattr(owner, "__dict__", {}).items() if k not in registries}
-    return found
-
-
-@functools.cache
-def global_names(code: CodeType) -> set[str]:
-    """The globals that a function, and functions written inside of it, read or set."""
-    kinds = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in kinds}
-    return names.union(*(global_names(c) for c in code.co_consts if isinstance(c, CodeType)))
-
-
-def outside_values(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
-    """Plain values that a step finds around it: globals, closure, and attributes of objects found there or
-    among its arguments. A program is made for them."""
-    found = [*sorted(named_objects(function).items()), *enumerate(arguments)]
-    return [(name, _shown(value)) for name, value in found]
-
-
-def _shown(value: Any) -> Any:
-    """What of an object is compared: itself if it is plain, or its plain attributes."""
-    if _is_plain(value):
-        return value
-    ours = (nn.Module, Optimizer, Tensor, *Scheduler, ModuleType, FunctionType, BuiltinFunctionType)
-    theirs = getattr(type(value), "__module__", "").startswith(("torch", "autodist."))
-    if isinstance(value, ours) or theirs or not hasattr(value, "__dict__"):
-        return None
-    return {k: v for k, v in vars(value).items() if not k.startswith("__") and _is_plain(v)}
-
-
-def filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:  # a name that has no value yet
-        return False
 
 
 @dataclass(frozen=True)
@@ -135,12 +80,13 @@ class State:
     held: list[Place] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    _gradients: list[Tensor] = field(default_factory=list)
-    _of_gradients: dict[int, int] = field(default_factory=dict)
+    around: Surroundings = field(default_factory=lambda: Surroundings([]))
 
     @classmethod
-    def of(cls, roots: Roots) -> State:
+    def of(cls, roots: Roots, around: Surroundings | None = None) -> State:
+        """The state as it is; to be asked later whether it stands, it is given what is ``around``."""
         state = cls(roots)
+        state.around = around or state.around
         state._find_tensors()
         state.find_moments()
         return state
@@ -179,7 +125,9 @@ class State:
             self.places[seen[id(parameter)]].append(place)
 
     def find_moments(self) -> None:
-        self._states = [[v for s in o.state.values() for v in s.values()] for o in self.roots.optimizers]
+        values = [v for o in self.roots.optimizers for s in o.state.values() for v in s.values()]
+        self._states = [*values, *_END]
+        self._state_sizes = [len(o.state) for o in self.roots.optimizers]
         self.moments = [
             Moment(o, self.index[id(parameter)], key, value)
             for o, optimizer in enumerate(self.roots.optimizers)
@@ -190,10 +138,6 @@ class State:
         ]
 
     # --- whether it is still so -------------------------------------------------------------------
-
-    @functools.cached_property
-    def _moment_names(self) -> list[tuple[int, int, Any]]:
-        return [(m.optimizer, m.parameter, m.key) for m in self.moments]
 
     @functools.cached_property
     def kept_parts(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -208,22 +152,15 @@ class State:
         return sharded, [*map(local_part, sharded)]
 
     def stands(self) -> bool:
-        """Whether the state's tensors are where they were found."""
-        if any(holder.get(key) is not tensor for holder, key, tensor in self._held_tensors):
+        """Whether the state's tensors, and the Python around them, are what was found."""
+        if not (self.around.unchanged() and compat.same_parts(*self._sharded)):
             return False
-        if not compat.same_parts(*self._sharded):
+        held = [o.state for o in self.roots.optimizers]
+        if list(map(len, held)) != self._state_sizes:
             return False
-        now = [[v for values in o.state.values() for v in values.values()] for o in self.roots.optimizers]
-        return all(
-            len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(now, self._states, strict=True)
-        )
-
-    @functools.cached_property
-    def _held_tensors(self) -> list[tuple[dict[Any, Any], Any, Tensor]]:
-        """Where each parameter and buffer is, in one list: it is read before every run."""
-        tensors = [*zip(self.parameters, self.places, strict=True)]
-        tensors += zip(self.buffers, self.buffer_places, strict=True)  # type: ignore[arg-type]
-        return [(holder, key, tensor) for tensor, places in tensors for holder, key in places]
+        values = itertools.chain(*map(dict.values, held))
+        now = itertools.chain(itertools.chain.from_iterable(map(dict.values, values)), _END)
+        return all(map(operator.is_, now, self._states))
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -235,76 +172,74 @@ class State:
 
     def rates(self) -> list[Tensor]:
         """The learning rates as tensors."""
-        return [torch.as_tensor(float(x)) if _is_number(x) else x for x in self.own_rates()]
+        return [torch.as_tensor(float(x)) if is_number(x) else x for x in self.own_rates()]
 
     @functools.cached_property
-    def _readers(self) -> list[tuple[dict[str, Any], Callable[[Any], Any]]]:
-        """For each module, what takes its plain attributes all at once."""
-        readers: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
-        for module in self._modules:
-            names = [k for k, v in _own(module).items() if _is_plain(v)]
-            readers.append((vars(module), operator.itemgetter(*names)))
-        return readers
-
-    def attributes(self) -> list[Any]:
-        """Values of the plain attributes of modules, ``training`` among them."""
-        return [read(values) for values, read in self._readers]
-
-    @property
-    def _modules(self) -> list[nn.Module]:
-        return list(dict.fromkeys(m for root in self.roots.modules for m in root.modules()))
-
-    def constants(self) -> list[Any]:
-        """All that a program takes as constant: compared with ``==`` before each run."""
-        return [
-            [p.grad is None for p in self.parameters],
-            [p.requires_grad for p in self.parameters],
-            self.attributes(),
-            [hyperparameters(g) for g in self.groups],
-            self._moment_names,
-        ]
+    def values(self) -> list[Any]:
+        """All that a program takes as constant while the state stands."""
+        moments = [(m.optimizer, m.parameter, m.key, tensor_kind(m.tensor)) for m in self.moments]
+        return [*self.around.values, *moments]
 
     # --- memory that is shared ----------------------------------------------------------------------
 
-    def relations(self, tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    def relations(
+        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[tuple[int, int]]:
         """For each of ``tensors``, which one it is and whose memory it has, among the state's and these.
 
-        A number is that of the first: negative for the state's own.
+        A number is that of the first: negative for the state's own. ``gradients`` are the state's.
         """
-        objects, memory = self._known_memory
-        held = self.gradients()
-        if len(held) != len(self._gradients) or not all(map(operator.is_, held, self._gradients)):
-            first = -1 - len(objects)
-            self._gradients = held
-            self._of_gradients = {memory_of(local_part(g)): first - i for i, g in enumerate(held)}
-        found: list[tuple[int, int]] = []
+        of_buffers, of_gradients = self._numbers
+        held = [g for g in gradients if g is not None]
+        parts = (self._kept_numbers, of_buffers.of(self.buffers), of_gradients.of(held))
+        objects, memory = (ChainMap(*(getattr(p, n) for p in parts)) for n in ("objects", "memory"))
         own: dict[int, int] = {}
         own_memory: dict[int, int] = {}
+        found: list[tuple[int, int]] = []
         for i, x in enumerate(tensors):
             place = memory_of(local_part(x))
-            shared = memory.get(place, self._of_gradients.get(place))
-            found.append((
-                objects.get(id(x), own.setdefault(id(x), i)),
-                own_memory.setdefault(place, i) if shared is None else shared,
-            ))
+            one, whose = own.setdefault(id(x), i), own_memory.setdefault(place, i)
+            found.append((objects.get(id(x), one), memory.get(place, whose)))
         return found
 
+    def forget_gradients(self) -> None:
+        """Keep none alive until the next call."""
+        self._numbers[1].of([])
+
     @functools.cached_property
-    def _known_memory(self) -> tuple[dict[int, int], dict[int, int]]:
-        known = [*self.parameters, *self.buffers, *(m.tensor for m in self.moments)]
-        objects = {id(x): -1 - i for i, x in enumerate(known)}
-        return objects, {memory_of(local_part(x)): -1 - i for i, x in enumerate(known)}
+    def _kept_numbers(self) -> _Numbers:
+        """Of parameters and moments, which stay while the state stands."""
+        return _Numbers(-1).of([*self.parameters, *(m.tensor for m in self.moments)])
+
+    @functools.cached_property
+    def _numbers(self) -> tuple[_Numbers, _Numbers]:
+        """Of buffers and gradients."""
+        first = -1 - len(self.parameters) - len(self.moments)
+        return _Numbers(first), _Numbers(first - len(self.buffers))
 
     # --- tensors ----------------------------------------------------------------------------------
 
     def tensors(self) -> list[Tensor]:
         """All but the rates."""
-        moments = [m.tensor for m in self.moments]
-        return [*self.parameters, *self.gradients(), *self.buffers, *moments]
+        held = [g for g in self.gradients() if g is not None]
+        return [*self.parameters, *held, *self.buffers, *(m.tensor for m in self.moments)]
 
-    def gradients(self) -> list[Tensor]:
-        """The gradients there are, in the order of the parameters."""
-        return [p.grad for p in self.parameters if p.grad is not None]
+    def gradients(self) -> list[Tensor | None]:
+        """The gradient of each parameter, or None."""
+        return list(map(_gradient, self.parameters))
+
+    def trained(self) -> list[bool]:
+        """Of each parameter, whether it requires a gradient."""
+        return list(map(_trained, self.parameters))
+
+    def put_buffer(self, number: int, value: Tensor) -> None:
+        """Put another tensor in a buffer's places. Of the same kind, it becomes the state's."""
+        old = self.buffers[number]
+        for holder, key in self.buffer_places[number]:
+            holder[key] = value
+        if tensor_kind(value) == tensor_kind(old):
+            self.buffers[number] = value
+            self.around.replace(old, value)
 
     @contextlib.contextmanager
     def holding(
@@ -349,21 +284,33 @@ class State:
 # How an optimizer is run while it is captured: what it does to each parameter is the same, written in
 # operators on tensors; which kernels do it is the compiler's business.
 _CAPTURED = {"capturable": True, "foreach": True, "fused": None}
-REGISTRIES = set(nn.Module.__annotations__) - {"training"}
-
-
-def lifts(group: Mapping[str, Any]) -> bool:
-    """Whether a group has a learning rate, which may change from step to step."""
-    return _is_number(group.get("lr")) or isinstance(group.get("lr"), Tensor)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+_END = (object(),)  # tells a list from one that goes on
+_gradient, _trained = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group's settings, but for the learning rate."""
     return {k: v for k, v in group.items() if k != "params" and not (k == "lr" and lifts(group))}
+
+
+class _Numbers:
+    """Numbers of tensors from ``first`` downwards, by identity and by memory."""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+        self._tensors: Sequence[Tensor] = []
+        self.objects: dict[int, int] = {}
+        self.memory: dict[int, int] = {}
+
+    def of(self, tensors: Sequence[Tensor]) -> _Numbers:
+        """These tensors' numbers, found anew if they are not the last ones."""
+        if len(tensors) != len(self._tensors) or not all(map(operator.is_, tensors, self._tensors)):
+            self._tensors = [*tensors]
+            self.objects, self.memory = {}, {}
+            for i, x in enumerate(tensors):
+                self.objects.setdefault(id(x), self._first - i)
+                self.memory.setdefault(memory_of(local_part(x)), self._first - i)
+        return self
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -375,15 +322,3 @@ def _put(places: Sequence[Sequence[Place]], tensors: Sequence[Tensor]) -> None:
     for holders, tensor in zip(places, tensors, strict=True):
         for holder, key in holders:
             holder[key] = tensor
-
-
-def _own(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items() if k not in REGISTRIES}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list, set, frozenset)):
-        return len(value) <= _MANY and all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return len(value) <= _MANY and all(_is_plain(v) for v in value.values())
-    return isinstance(value, _PLAIN)

@@ -22,9 +22,9 @@ it runs once, so it is not lowered to kernels.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, ParamSpec, TypeVar, overload
@@ -36,14 +36,16 @@ from torch.distributed.tensor import DTensor
 from autodist.compiler import compile_step
 from autodist.job import Job, num_ranks, start_job
 from autodist.logs import log
+from autodist.passes.base import StepError
 from autodist.plan import Plan, PlanLike
 from autodist.prepare import prepare, prepared_job, repoint
 from autodist.runtime import compat
 from autodist.runtime.compat import tree_flatten, tree_leaves, tree_unflatten
 from autodist.runtime.outputs import SameBatch
 from autodist.runtime.parameters import MovedParameter
-from autodist.step_capture import Captured, Result, StepError, capture, program_inputs
-from autodist.step_state import State, memory_of, outside_values, roots_of
+from autodist.step_capture import Captured, Result, capture, program_inputs
+from autodist.step_guards import PLAIN, Surroundings, same_value, step_roots
+from autodist.step_state import State, memory_of, roots_of
 from autodist.verify_step import StepReport, verify_step
 
 P = ParamSpec("P")
@@ -63,7 +65,7 @@ def train_step(function: Any = None, /, *, plan: PlanLike = None) -> Any:
     :class:`Plan`, a dict of its fields, a path to its JSON, or None. The function as it was written is
     ``step.function``.
 
-    Raises :class:`~autodist.step_capture.StepError` for a function that cannot be captured, and what
+    Raises :class:`~autodist.passes.base.StepError` for a function that cannot be captured, and what
     :func:`autodist.prepare` raises.
     """
     if function is None:
@@ -79,7 +81,10 @@ class TrainStep:
         self.job: Job | None = None
         self.programs: list[Program] = []
         self._state: State | None = None
-        self._arguments: list[Any] = []
+        self._objects: list[Any] = []
+        self._version = 0
+        self._versions: list[list[Any]] = []
+        self._changed: str | None = None
         self._sizes: dict[int, list[set[int]]] = {}
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -99,25 +104,38 @@ class TrainStep:
 
     @compat.not_alone
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            raise StepError(
+                f"{self.function.__name__} is called under torch.no_grad() or torch.inference_mode(), where "
+                "no gradients are recorded. Call the step outside of it."
+            )
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         others = [None if isinstance(x, Tensor) else x for x in leaves]
         state = self._current_state(others)
-        key = self._key(structure, others, tensors, state)
+        gradients = state.gradients()
+        key = self._key(structure, others, tensors, state, gradients)
         for program in self.programs:
             if program.holds(key, tensors):
-                return program.run(state, tensors)
+                return program.run(state, tensors, gradients)
         _refuse_views(state, tensors)
         self._prepare(state)
         state = self._current_state(others, fresh=True)
-        key = self._key(structure, others, tensors, state)
+        gradients = state.gradients()
+        key = self._key(structure, others, tensors, state, gradients)
         program = self._make(key, (args, kwargs), state, tensors)
-        return program.run(state, tensors)
+        return program.run(state, tensors, gradients)
 
-    def _key(self, structure: Any, others: list[Any], tensors: Sequence[Tensor], state: State) -> _Key:
-        constants = [*state.constants(), outside_values(self.function, others)]
-        kinds = [*map(_kind, tensors), state.relations(tensors)]
-        return _Key(structure, others, kinds, constants)
+    def _key(
+        self, structure: Any, others: list[Any], tensors: Sequence[Tensor], state: State,
+        gradients: Sequence[Tensor | None],
+    ) -> _Key:  # fmt: skip
+        plain = [x if isinstance(x, PLAIN) else None for x in others]
+        rates = [(x.dtype, x.shape) for x in state.rates()]
+        return _Key(
+            self._version, structure, [_kind(x) for x in tensors], state.relations(tensors, gradients),
+            _modes(tensors), rates, [g is None for g in gradients], state.trained(), plain,
+        )  # fmt: skip
 
     def verify(self, *args: Any, tolerance: float = 1e-4, **kwargs: Any) -> StepReport:
         """Run the step on these arguments, and the function as it was written, and compare what they do.
@@ -131,13 +149,25 @@ class TrainStep:
         return report
 
     def _current_state(self, others: list[Any], fresh: bool = False) -> State:
-        same = len(others) == len(self._arguments) and all(
-            a is b for a, b in zip(others, self._arguments, strict=True)
-        )
+        objects = [x for x in others if not isinstance(x, PLAIN)]
+        same = len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
         if fresh or not same or self._state is None or not self._state.stands():
-            self._state = State.of(roots_of(self.function, others))
-            self._arguments = others
+            around = Surroundings(step_roots(self.function, objects))
+            old = self._state
+            self._state = State.of(roots_of(self.function, objects), around)
+            if old is not None:
+                self._changed = old.around.difference(around) or self._changed
+            self._objects = objects
+            self._version = self._number(self._state.values)
         return self._state
+
+    def _number(self, values: list[Any]) -> int:
+        """Lists of the same values have the same number."""
+        for number, known in enumerate(self._versions):
+            if len(known) == len(values) and all(map(same_value, known, values)):
+                return number
+        self._versions.append(values)
+        return len(self._versions) - 1
 
     def _prepare(self, state: State) -> None:
         """Shard the models, at the first call."""
@@ -166,14 +196,14 @@ class TrainStep:
             raise StepError(
                 "an argument is an empty tensor, and the step divides by its size. Leave such a batch out."
             ) from error
-        key.constants = copy.deepcopy(key.constants)
         program = Program(key, captured, compiled, self.job)
         if not captured.new_moments:
             self.programs.append(program)
         if len(self.programs) == _MANY_PROGRAMS:
             log.warning(
-                "%d programs have been made of %s, one for each combination of its Python values; pass what "
-                "changes from call to call as a tensor", _MANY_PROGRAMS, self.function.__name__,
+                "%d programs have been made of %s, one for each combination of its Python values%s; pass "
+                "what changes from call to call as a tensor", _MANY_PROGRAMS, self.function.__name__,
+                f" (lately of '{self._changed}')" if self._changed else "",
             )  # fmt: skip
         return program
 
@@ -191,25 +221,41 @@ class TrainStep:
 
 @dataclasses.dataclass
 class _Key:
-    """What a program was made for: arguments, :meth:`State.constants`, what stands around the function."""
+    """What a program was made for: the number of what stands around it, the arguments and the gradients."""
 
+    version: int
     structure: Any
-    others: list[Any]
     kinds: list[Any]
-    constants: list[Any]
+    relations: list[tuple[int, int]]
+    modes: tuple[Any, ...]
+    rates: list[Any]
+    without_gradient: list[bool]
+    trained: list[bool]
+    plain: list[Any]
 
     def same(self, other: _Key) -> bool:
         return (
-            self.kinds == other.kinds
+            self.version == other.version
+            and self.kinds == other.kinds
+            and self.relations == other.relations
+            and self.modes == other.modes
+            and self.rates == other.rates
+            and self.without_gradient == other.without_gradient
+            and self.trained == other.trained
             and self.structure == other.structure
-            and all(a is b or _equal(a, b) for a, b in zip(self.others, other.others, strict=True))
-            and self.constants == other.constants
+            and all(map(same_value, self.plain, other.plain))
         )
 
 
-def _equal(a: Any, b: Any) -> bool:
-    plain = (int, float, bool, str, bytes, complex)
-    return type(a) is type(b) and isinstance(a, plain) and bool(a == b)
+def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Settings of torch that change what operators do."""
+    devices = {"cpu", *(x.device.type for x in tensors)}
+    casts = [(d, torch.get_autocast_dtype(d)) for d in sorted(devices) if torch.is_autocast_enabled(d)]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return (
+        casts, torch.get_default_dtype(), deterministic,
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )  # fmt: skip
 
 
 def _refuse_views(state: State, tensors: Sequence[Tensor]) -> None:
@@ -227,7 +273,13 @@ def _refuse_views(state: State, tensors: Sequence[Tensor]) -> None:
 
 
 def _kind(x: Tensor) -> Any:
-    return (x.dtype, x.device, x.dim(), type(x))
+    return (x.dtype, x.device, x.dim(), type(x), x.requires_grad, None if x.is_contiguous() else _layout(x))
+
+
+def _layout(x: Tensor) -> tuple[int, ...]:
+    """The order of the dimensions in memory, which tensors of many sizes share; else the strides."""
+    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    return tuple(order) if x.permute(order).is_contiguous() else x.stride()
 
 
 class Program:
@@ -251,11 +303,11 @@ class Program:
             self.sizes[shapes] = self.fits([compat.local_part(x) for x in tensors])
         return self.sizes[shapes]
 
-    def run(self, state: State, tensors: Sequence[Tensor]) -> Any:
+    def run(self, state: State, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Any:
         if self.batch is not None:
             self.batch.check(tensors)
         with torch.no_grad():
-            outputs = iter(self.compiled(*program_inputs(state, tensors)))
+            outputs = iter(self.compiled(*program_inputs(state, tensors, gradients)))
         return self._finish(state, tensors, outputs)
 
     def _finish(self, state: State, tensors: Sequence[Tensor], outputs: Any) -> Any:
@@ -271,16 +323,16 @@ class Program:
             state.parameters[i].grad = made()
         for i in captured.without_gradient:
             state.parameters[i].grad = None
+        if captured.without_gradient:
+            state.forget_gradients()
         for moment in captured.new_moments:
             owner = state.roots.optimizers[moment.optimizer].state
             owner[state.parameters[moment.parameter]][moment.key] = made()
-        for i in captured.new_buffers:
-            value = made()
-            for holder, key in state.buffer_places[i]:
-                holder[key] = value
-        results = [
+        results = [  # before the buffers are replaced: what is returned is one that the step was given
             next(tensors_made) if r.kind == "tensor" else _known(r, state, tensors) for r in captured.results
         ]
+        for i in captured.new_buffers:
+            state.put_buffer(i, made())
         for call in captured.calls:
             call.scheduler.step(*call.args, **call.kwargs)
         return tree_unflatten(results, captured.structure)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autodist.runtime.compat import local_part, tree_leaves
-from autodist.step_changes import Surroundings, named_arguments
+from autodist.step_changes import Snapshot, named_arguments
 from autodist.step_state import State, roots_of
 from autodist.verify import Row
 
@@ -69,7 +69,7 @@ def verify_step(
     state = State.of(roots_of(function, leaves))
     own = set(map(id, state.tensors()))
     given = [x for x in leaves if isinstance(x, Tensor) and id(x) not in own]
-    around = Surroundings(named_arguments(function, arguments), [function])
+    snapshot = Snapshot(named_arguments(function, arguments), [function])
     saved = _Saved(state, given)
     before = _tensors(state, given)
     outcomes = []
@@ -82,7 +82,7 @@ def verify_step(
             found |= {("result", str(i)): local_part(x.detach()).clone() for i, x in enumerate(kept)}
             outcomes.append(found)
         finally:
-            around.restore()
+            snapshot.restore()
             saved.restore()
     wanted, found = outcomes
     rows = [_row(k, found.get(k), wanted.get(k), before.get(k)) for k in {**wanted, **found}]

@@ -120,18 +120,23 @@ def size_check(
     """What tells whether tensors have the sizes that a program made with ``fakes`` holds for."""
     env = mode.shape_env
     assert env is not None
-    guards = env.produce_guards_expression(fakes)
+    guards = env.produce_guards_expression(fakes)  # says nothing of symbols that became numbers
+    known = [[_known_size(a) for a in fake.shape] for fake in fakes]
 
     def fits(tensors: Sequence[torch.Tensor]) -> bool:
         static = all(
-            a == b
-            for fake, real in zip(fakes, tensors, strict=True)
-            for a, b in zip(fake.shape, real.shape, strict=True)
-            if not isinstance(a, torch.SymInt)
+            a is None or a == b
+            for sizes, real in zip(known, tensors, strict=True)
+            for a, b in zip(sizes, real.shape, strict=True)
         )
         return static and (guards is None or bool(env.evaluate_guards_expression(guards, tensors)))
 
     return fits
+
+
+def _known_size(size: int | torch.SymInt) -> int | None:
+    """A size that is a number, or a symbol that can only be this number; None for another symbol."""
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
 
 
 def dtensor_of(local: torch.Tensor, spec: Any, requires_grad: bool) -> DTensor:
@@ -726,6 +731,34 @@ def _asked_backend(module: torch.nn.Module) -> Any:
 def has_gradient_hooks(tensor: torch.Tensor) -> bool:
     """Whether anything is to be called with, or after, the gradient of ``tensor``."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def hooks_registered() -> int:
+    """A count that grows with every hook put on a module, a parameter, an optimizer or on all modules."""
+    return torch.utils.hooks.RemovableHandle.next_id
+
+
+def forward_hooks(module: torch.nn.Module) -> list[dict[int, Any]]:
+    """The hooks of a module that are called with its forward or its backward."""
+    own = vars(module)
+    return [own[name] for name in _HOOKS]
+
+
+def global_hooks() -> list[dict[int, Any]]:
+    """The hooks that all modules, and all optimizers, call."""
+    from torch.nn.modules import module
+    from torch.optim import optimizer
+
+    step = (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks)
+    return [*(getattr(module, f"_global{name}") for name in _HOOKS), *step]
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+# What torch itself notes on an optimizer while it steps.
+OPTIMIZER_FLAGS = frozenset(
+    ("_opt_called", "_need_device_dtype_check_for_fused", "_warned_capturable_if_run_uncaptured")
+)
 
 
 # --- memory and costs ------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ FOLDERS = ("autodist", "passes", "runtime", "kernels")
 # Operators' names are part of ATen's and c10d's schemas, underscore or not. The other two have been in use
 # everywhere for so long that torch cannot move them.
 NOT_PRIVATE = ("torch.ops.", "torch._dynamo.reset", "torch._dynamo.allow_in_graph")
-# nn.Module's dictionaries have a test below; the initialiser is Hugging Face's.
-ATTRIBUTES = ("_parameters", "_buffers", "_init_weights")
+# nn.Module's dictionaries have a test below; the initialiser is Hugging Face's, fields are a named tuple's.
+ATTRIBUTES = ("_parameters", "_buffers", "_modules", "_init_weights", "_fields")
 
 
 class PrivateUses(ast.NodeVisitor):
@@ -189,6 +189,8 @@ def test_modules_keep_parameters_and_buffers_in_dictionaries() -> None:
     assert module.weight is other and dict(module.named_parameters())["weight"] is other
     del module._buffers["running_mean"]
     assert not hasattr(module, "running_mean")
+    parent = nn.Sequential(module)
+    assert parent._modules == dict(parent.named_children()) == {"0": module}
 
 
 # --- signatures and options --------------------------------------------------------------------------
@@ -982,6 +984,52 @@ def test_sizes_of_fakes_may_be_symbols() -> None:
     assert compat.needs_data(refused.value)
     fits = compat.size_check(mode, [x])
     assert fits([torch.randn(7, 3)]) and not fits([torch.randn(7, 4)]) and not fits([torch.randn(2, 3)])
+    assert int(x.shape[0]) == 4  # Python took the number: the program is for it alone
+    fits = compat.size_check(mode, [x])
+    assert fits([torch.randn(4, 3)]) and not fits([torch.randn(7, 3)])
+
+
+def test_hooks_are_counted_and_found() -> None:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    registrations = [
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+        module.weight.register_hook,
+        module.weight.register_post_accumulate_grad_hook,
+        optimizer.register_step_pre_hook,
+        optimizer.register_step_post_hook,
+    ]
+    for register in registrations:
+        before = compat.hooks_registered()
+        register(lambda *_: None)
+        assert compat.hooks_registered() > before, register
+    assert [len(hooks) for hooks in compat.forward_hooks(module)] == [1, 1, 1, 1]
+    assert compat.has_gradient_hooks(module.weight) and not compat.has_gradient_hooks(module.bias)
+    before = sum(map(len, compat.global_hooks()))
+    handles = [
+        torch.nn.modules.module.register_module_forward_hook(lambda *_: None),
+        register_optimizer_step_post_hook(lambda *_: None),
+    ]
+    assert sum(map(len, compat.global_hooks())) == before + 2
+    for handle in handles:
+        handle.remove()
+    assert sum(map(len, compat.global_hooks())) == before
+
+
+def test_what_torch_notes_on_an_optimizer() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    before = dict(vars(optimizer))
+    optimizer.step()
+    changed = {k for k, v in vars(optimizer).items() if k not in before or before[k] is not v}
+    assert changed and changed <= compat.OPTIMIZER_FLAGS
 
 
 class _Watching(torch.overrides.TorchFunctionMode):
