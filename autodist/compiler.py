@@ -21,6 +21,8 @@ Before a graph's first collective all ranks have compared what they are about to
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import hashlib
 import time
@@ -35,6 +37,7 @@ from autodist.artifacts import write_graph
 from autodist.job import Job
 from autodist.logs import log
 from autodist.passes.analysis.cost import collective_kind, is_collective_start
+from autodist.passes.analysis.liveness import is_on_host, liveness
 from autodist.passes.analysis.timeline import Timeline, simulate
 from autodist.passes.analysis.wrapper import wrapper_peak
 from autodist.passes.base import Context, Pass, Phase, Record, operators, run_passes
@@ -43,9 +46,10 @@ from autodist.passes.capture import functional
 from autodist.passes.checkpoints import AskPolicies
 from autodist.passes.graph import num_bytes, output_of, parameter_of
 from autodist.passes.lower import Lower
+from autodist.passes.memory import Budget, MemoryBoundError, Peak, Program, fit
 from autodist.passes.optimizer import DropAliases, HoistScalars, SplitForeach
 from autodist.passes.overlap import Overlap
-from autodist.passes.partition import Partition
+from autodist.passes.partition import Partition, min_cut, saved_names
 from autodist.passes.precision import Autocast
 from autodist.passes.regions import (
     Parts,
@@ -70,6 +74,7 @@ from autodist.runtime.outputs import Kept, SameBatch, returned
 from autodist.runtime.parameters import GatheredWeight, check_same, parameter_name, plain_tensor
 from autodist.step_capture import Captured
 
+_PLANS = 5  # of memory, until Inductor's program keeps to one
 # Inductor moves nodes to shorten lifetimes and to bring producers to consumers; both undo a schedule.
 KEEP_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
 
@@ -143,8 +148,10 @@ class Compilation:
     """One captured graph on its way through the compiler.
 
     ``parameters`` maps the graph's inputs, by position, to parameter names; ``batch`` describes the others.
-    ``kept`` are outputs of a training step that stay in pieces; ``updates`` says what it does to parameters,
-    and ``lasts`` is False for one that runs only once.
+    ``resident`` counts bytes that live outside the graph while it runs, ``beside`` a step's inputs that are
+    not those of the region at hand; ``kept`` are outputs of a training
+    step that stay in pieces, ``updates`` says what it does to parameters, and ``lasts`` is False for one that
+    runs only once; ``aim`` is what the peak of the next plan is to be, once one has missed.
     """
 
     job: Job
@@ -157,6 +164,8 @@ class Compilation:
     lasts: bool = True
     updates: str = ""
     kept: dict[int, Kept] = field(default_factory=dict)
+    aim: int | None = None
+    beside: int = 0
 
     def context(self, phase: Phase) -> Context:
         return Context(
@@ -165,18 +174,14 @@ class Compilation:
             parameters=self.parameters,
             group_sizes=self.job.group_sizes,
             memory=self.job.plan.memory_bytes,
-            resident=self.resident,
+            resident=self.resident + self.beside,
             fused=self.job.plan.lowering == "inductor",
             agree=self.job.lead,
         )
 
     def transform(self, graph: GraphModule, phase: Phase) -> GraphModule:
-        sequence = self.job.sequence
-        group = None if sequence is None else compat.mesh_group_name(sequence)
-        passes = default_passes(self.job.plan, self.job.device.type, group, self.policies)
-        return run_passes(
-            graph, passes, self.context(phase), self.report.records, self.job.keep_text
-        )
+        context, records = self.context(phase), self.report.records
+        return run_passes(graph, self._passes(), context, records, self.job.keep_text)
 
     def partition(
         self, joint: GraphModule, inputs: Sequence[Any], **options: Any
@@ -195,7 +200,11 @@ class Compilation:
     ) -> tuple[GraphModule, GraphModule]:
         context = self.context(Phase.JOINT)
         before, start = operators(joint), time.thread_time()
-        parts = Partition(keep=self.job.plan.zero < 3).split(joint, inputs, context, **options)
+        keep = self.job.plan.zero < 3
+        if context.memory is None:
+            parts = Partition(keep).split(joint, inputs, context, **options)
+        else:
+            parts = self._fitted(joint, inputs, context, **options)
         seconds = time.thread_time() - start
         now = operators(parts[0]) + operators(parts[1])
         self.report.records.append(
@@ -209,6 +218,84 @@ class Compilation:
             )
         )
         return parts
+
+    def _fitted(
+        self, joint: GraphModule, inputs: Sequence[Any], context: Context, **options: Any
+    ) -> tuple[GraphModule, GraphModule]:
+        """The parts within the plan's memory."""
+        num_outputs, lasting = options["num_fwd_outputs"], options.get("static_lifetime_input_indices") or []
+        forward, _ = min_cut(joint, inputs, **options)
+        program = Program(joint, num_outputs, lasting, saved_names(forward, num_outputs))
+        assert context.memory is not None
+        room = context.memory - context.resident
+        fused = self.job.plan.lowering == "inductor" and not self.job.dry_run
+        budget = Budget(
+            device=room if self.aim is None else self.aim,
+            host=self.job.host_bytes,
+            keep_weights=self.job.plan.zero < 3,
+            as_is=fused and self.aim is None,
+            least=fused,
+        )
+        return fit(program, budget, context, self._peak)
+
+    def _peak(self, parts: tuple[GraphModule, GraphModule]) -> Peak:
+        """What two parts hold at the most, once they are scheduled."""
+        found = []
+        for part, phase in zip(parts, (Phase.FORWARD_PART, Phase.BACKWARD_PART), strict=True):
+            context = dataclasses.replace(self.context(phase), agree=lambda subject, value: value)
+            scheduled = run_passes(part, self._passes(), context, [])
+            live = liveness(scheduled, fused=context.fused, staged=self.job.hardware.stages_collectives)
+            found.append(Peak(live.peak, tuple((b.name, b.num_bytes) for b in live.top)))
+        return max(found, key=lambda p: p.num_bytes)
+
+    def _passes(self) -> list[Pass]:
+        sequence = self.job.sequence
+        group = None if sequence is None else compat.mesh_group_name(sequence)
+        return default_passes(self.job.plan, self.job.device.type, group, self.policies)
+
+    def within_memory(
+        self, graph: GraphModule, compiled: Callable[[GraphModule], Callable[..., Any]], held: int
+    ) -> Callable[..., Any]:
+        """``compiled(graph)``, planned again while the program that Inductor emits exceeds the plan's memory.
+
+        ``held`` counts the bytes of the graph's inputs. The plan is made before Inductor fuses, and is a
+        guess of what that does. The program is read; where it holds too much, the next plan is corrected by
+        how far the guess was off. The first rank's reading holds for all.
+
+        Raises :class:`~autodist.passes.memory.MemoryBoundError` when that does not end.
+        """
+        memory = self.job.plan.memory_bytes
+        if memory is None:
+            return compiled(graph)
+        before, wanted = len(self.report.records), ", ".join(sorted(self.parameters.values()))
+        room, earlier = memory - self.resident, set()
+        for attempt in range(_PLANS):
+            del self.report.records[before:]
+            self.report.programs.clear()
+            made = compiled(copy.deepcopy(graph))
+            emitted = [self.report.emitted_peak(part) for part in self.report.programs]
+            held_at_peak = max(emitted) + held if emitted else 0
+            held_at_peak = int(self.job.lead(f"memory of plan {attempt} of {wanted}", str(held_at_peak)))
+            if held_at_peak <= room:
+                return made
+            if held_at_peak in earlier:  # the same program again: there is nothing tighter
+                break
+            earlier.add(held_at_peak)
+            log.info(
+                "graph %d: Inductor's program holds %.1f MiB more than the plan's memory; planning again",
+                self.report.number, (held_at_peak - room) / 2**20,
+            )  # fmt: skip
+            guessed = max(t.peak_bytes for t in self.report.timelines.values())
+            aim = room - (held_at_peak - guessed)  # as far off as this guess was, the next may be
+            tighter = aim if self.aim is None else min(aim, self.aim - int(1.25 * (held_at_peak - room)))
+            self.aim = 0 if attempt == _PLANS - 2 else tighter  # at last, what holds the least
+        raise MemoryBoundError(
+            f"the plan's memory bound is {memory / 2**20:.1f} MiB, and planned as tightly as can be "
+            f"Inductor's program needs {(held_at_peak + self.resident) / 2**20:.1f} MiB: "
+            f"{held / 2**20:.1f} MiB of parameters and batch, {self.resident / 2**20:.1f} MiB of gradients and optimizer state beside "
+            f"it, and {(held_at_peak - held) / 2**20:.1f} MiB that it makes. Raise 'memory', shard over "
+            "more ranks, split sequences ('sp'), or make the batch smaller."
+        )
 
     def whole(self, graph: GraphModule) -> GraphModule:
         """A graph without gradients, or a whole training step, scheduled."""
@@ -271,6 +358,9 @@ class Compilation:
         for node in joint.graph.nodes:
             if compat.is_random(node.target):  # what is drawn once is kept: to draw it again takes the state
                 node.meta |= compat.saved_tags()  # of a generator, which a whole step does not carry
+        own = {id(n) for n in region.inputs}
+        others = [n for n in step.graph.find_nodes(op="placeholder") if id(n) not in own]
+        self.beside = sum(map(num_bytes, others))
         lasting = [i for i, n in enumerate(region.inputs) if n.op == "placeholder"]
         counts = {"num_fwd_outputs": len(region.outputs), "static_lifetime_input_indices": lasting}
         parts = Parts(*self._split(joint, inputs, **counts))
@@ -351,8 +441,10 @@ def compile_graph(
     graph = run.transform(graph, Phase.CAPTURED)
     kept, run.policies = graph.meta.get(SHARDED_OUTPUTS, {}), graph.meta.get(POLICIES, {})
     lower = _inductor if job.plan.lowering == "inductor" and not job.dry_run else _eager
-    with compat.functorch_patch(enable_autograd_cache=False):
-        compiled = lower(graph, inputs, run, mode)
+    # Under a memory bound both programs are read before either runs.
+    bound = job.plan.memory is not None
+    with compat.functorch_patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=bound):
+        compiled = run.within_memory(graph, lambda program: lower(program, inputs, run, mode), _bytes(inputs))
     if job.is_first_rank:
         _summarise(report)
     return _at_the_border(compiled, inputs, job, kept)
@@ -372,16 +464,20 @@ def compile_step(captured: Captured, job: Job, kernels: bool = True) -> Callable
     )
     job.at(f"compiling graph {report.number}")
     step, written = functional(captured.graph, captured.inputs)
-    with compat.compiling_in(captured.mode):
-        graph = run.transform(run.split_step(step, captured, written), Phase.STEP_CAPTURED)
-    write_back(graph, written)
-    keep_draws(graph)
     lower = _inductor if job.plan.lowering == "inductor" and kernels and not job.dry_run else _eager
     with captured.mode:
         inputs = [x.detach() for x in captured.inputs]
-    uncached = compat.functorch_patch(enable_autograd_cache=False)
-    with torch.no_grad(), compat.compiling_in(captured.mode), uncached:
-        compiled = lower(graph, inputs, run, None)
+
+    def compiled_program(step: GraphModule) -> Callable[..., Any]:
+        with compat.compiling_in(captured.mode):
+            graph = run.transform(run.split_step(step, captured, written), Phase.STEP_CAPTURED)
+        write_back(graph, written)
+        keep_draws(graph)
+        uncached = compat.functorch_patch(enable_autograd_cache=False)
+        with torch.no_grad(), compat.compiling_in(captured.mode), uncached:
+            return lower(graph, inputs, run, None)
+
+    compiled = run.within_memory(step, compiled_program, _bytes(inputs))
     if job.is_first_rank:
         _summarise(report)
     return _step_border(compiled, job, run.kept)
@@ -465,18 +561,20 @@ def _batch(inputs: Sequence[Any]) -> str:
 
 
 def _saved_bytes(part: GraphModule) -> dict[str, int]:
-    inputs = part.graph.find_nodes(op="placeholder")
+    inputs = [n for n in part.graph.find_nodes(op="placeholder") if not is_on_host(n)]
     return {n.name: num_bytes(n) for n in inputs if compat.placeholder_index(n) is None}
 
 
 def _optimizer_bytes(inputs: Sequence[Any]) -> int:
-    """Gradients and Adam's two moments, for the shards among ``inputs``."""
-    locals_ = (
-        x.to_local()
-        for x in inputs
-        if isinstance(x, torch.distributed.tensor.DTensor) and x.requires_grad
-    )
-    return sum(3 * t.numel() * t.element_size() for t in locals_)
+    """Gradients and Adam's two moments, for this rank's parts of the parameters among ``inputs``."""
+    trained = (torch.nn.Parameter, torch.distributed.tensor.DTensor)
+    return 3 * _bytes([x for x in inputs if isinstance(x, trained) and x.requires_grad])
+
+
+def _bytes(inputs: Sequence[Any]) -> int:
+    """Bytes of this rank's parts of the tensors among ``inputs``."""
+    parts = [compat.local_part(x) for x in inputs if isinstance(x, torch.Tensor)]
+    return sum(compat.size_hint(x.numel()) * x.element_size() for x in parts)
 
 
 class _Partitioner(compat.CustomPartitionerFn):
@@ -522,7 +620,7 @@ def _eager(
     graph: GraphModule, inputs: Sequence[Any], run: Compilation, mode: str | None
 ) -> Callable[..., Any]:
     def part(name: str, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return _guarded(compat.boxed(gm.forward), run, name)
+        return _guarded(compat.boxed(gm), run, name)
 
     def inference(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return part(run.whole_name, run.whole(gm), example_inputs)

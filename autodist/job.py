@@ -71,6 +71,12 @@ class Job:
         return hardware(self.plan.hardware)
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of the host that this rank may use for what it offloads."""
+        asked = self.plan.host_memory_bytes
+        return self.hardware.host_memory // 2 if asked is None else asked
+
+    @property
     def group(self) -> str:
         assert self.mesh is not None
         return compat.mesh_group_name(self.mesh)

@@ -41,8 +41,11 @@ class Plan:
     strict:     refuse a program with an operator for which sequences would have to be gathered.
     precision:  "fp32" trains in the parameters' own type; "bf16" computes under autocast and gathers
                 weights in bf16, with shards, reduction and optimizer at full width.
-    memory:     bytes a rank may use ("60GB", "512MiB" or a number). Under ZeRO-3, weights stay whole
-                from forward to backward while they fit. None keeps none.
+    memory:     bytes a rank may use ("60GB", "512MiB" or a number). Where training would use more, values
+                are computed again or offloaded, by what costs least; where it uses less, weights stay
+                whole from forward to backward while they fit (ZeRO-3). None: as torch's min-cut decides.
+    host_memory: bytes of the host that a rank may use for what it offloads; None is half of what the
+                machine has for each device, 0 offloads nothing.
     lowering:   "inductor", or "eager" to run the same passes without Inductor (to tell whose a bug is).
     timeout:    seconds to wait for other ranks before ending with an error.
     hardware:   the cost model's machine ("h100-80g", "cpu", ...); detected from the device when None.
@@ -55,6 +58,7 @@ class Plan:
     strict: bool = False
     precision: str = "fp32"
     memory: str | int | None = None
+    host_memory: str | int | None = None
     lowering: str = "inductor"
     timeout: float = 600.0
     hardware: str | None = None
@@ -70,7 +74,7 @@ class Plan:
         _require("lowering", self.lowering, self.lowering in _LOWERINGS, _either(_LOWERINGS))
         number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
         _require("timeout", self.timeout, number and self.timeout > 0, "a positive number of seconds")
-        _ = self.memory_bytes
+        _ = self.memory_bytes, self.host_memory_bytes
         if self.hardware is not None:
             from autodist.passes.analysis.hardware import hardware
 
@@ -82,17 +86,12 @@ class Plan:
     @property
     def memory_bytes(self) -> int | None:
         """``memory`` in bytes."""
-        if self.memory is None:
-            return None
-        legal = 'a positive number of bytes, or text such as "60GB" or "512MiB"'
-        if isinstance(self.memory, int) and not isinstance(self.memory, bool):
-            _require("memory", self.memory, self.memory > 0, legal)
-            return self.memory
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", str(self.memory))
-        known = match is not None and match[2].upper() in _UNITS and float(match[1]) > 0
-        _require("memory", self.memory, known, legal)
-        assert match is not None
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+        return None if self.memory is None else _bytes("memory", self.memory, least=1)
+
+    @property
+    def host_memory_bytes(self) -> int | None:
+        """``host_memory`` in bytes."""
+        return None if self.host_memory is None else _bytes("host_memory", self.host_memory, least=0)
 
     @classmethod
     def make(cls, options: PlanLike) -> Plan:
@@ -164,6 +163,20 @@ PlanLike = Union[Plan, Mapping[str, Any], str, "os.PathLike[str]", None]
 def _require(field: str, value: Any, legal: bool, values: str) -> None:
     if not legal:
         raise PlanError(f"plan field {field!r} must be {values}; got {value!r}")
+
+
+def _bytes(field: str, given: str | int, least: int) -> int:
+    """A field's number of bytes."""
+    amount = "a positive number of bytes" if least else "a number of bytes, at least 0"
+    legal = f'{amount}, or text such as "60GB" or "512MiB"'
+    if isinstance(given, int) and not isinstance(given, bool):
+        _require(field, given, given >= least, legal)
+        return given
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", str(given))
+    known = match is not None and match[2].upper() in _UNITS and float(match[1]) >= least
+    _require(field, given, known, legal)
+    assert match is not None
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def _either(values: tuple[str, ...]) -> str:

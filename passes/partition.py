@@ -7,16 +7,13 @@ weight is not an activation: any rank can have it again for one all-gather.
     regathered   the backward part takes the shard (which exists anyway) and gathers again: ZeRO-3
     kept         the forward's gather is saved and serves both parts: ZeRO-1 and ZeRO-2
 
-Under ZeRO-3 with a memory bound, weights are kept while the predicted peak leaves room, those that save
-the most gather time per byte first. Keeping is a knapsack; with many small items the greedy order is within
-one item of the best.
+What is done under a memory bound is :mod:`autodist.passes.memory`'s, which begins with what min-cut saves.
 
 Invariant (checked): no regathered weight, nor a view or cast of one, crosses from forward to backward.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +21,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from autodist.passes.analysis.cost import collective_seconds
-from autodist.passes.analysis.liveness import liveness
 from autodist.passes.base import Context
 from autodist.passes.graph import (
     fill_values,
     is_copy,
     is_view,
-    num_bytes,
     output_of,
     parameter_of,
     source,
@@ -61,11 +55,7 @@ class SavedWeight:
 
 @dataclass(frozen=True)
 class Partition:
-    """Split a joint graph by min-cut, then decide for each weight: regather or keep.
-
-    ``keep`` saves every weight (ZeRO-1, ZeRO-2); otherwise weights are kept only within
-    ``context.memory``.
-    """
+    """Split a joint graph by min-cut; ``keep`` saves weights (ZeRO-1, ZeRO-2), else they are regathered."""
 
     keep: bool
 
@@ -73,65 +63,37 @@ class Partition:
         self, joint: GraphModule, inputs: Sequence[Any], context: Context, **options: Any
     ) -> tuple[GraphModule, GraphModule]:
         """The forward and the backward part. ``options`` are torch's partitioner arguments."""
-        # Elementwise values that the backward reads once are made again there rather than saved, also
-        # where that costs a kernel: memory is what sharding is for.
-        with compat.functorch_patch(ban_recompute_materialized_backward=False):
-            forward, backward = compat.min_cut_rematerialization_partition(joint, inputs, **options)
+        forward, backward = min_cut(joint, inputs, **options)
         num_outputs = options["num_fwd_outputs"]
-        for part in (forward, backward):
-            fill_values(part)  # of random states, which torch's partitioner saves and restores
-        _tensors_first(forward, backward, num_outputs)
         saved = saved_weights(forward, num_outputs)
-        kept = self._choose(forward, backward, saved, context)
-        regather(forward, backward, [s for s in saved if s.read not in kept], num_outputs)
+        reads = dict.fromkeys(s.read for s in saved if s.read.target is dialect.unshard)
+        for read in reads:
+            name = parameter_of(source(read.args[0]), context.parameters)  # type: ignore[arg-type]
+            if self.keep:
+                context.decide(name, "kept whole", "the plan's ZeRO stage keeps weights")
+            else:
+                context.decide(name, "regathered in backward", "no memory bound leaves room")
+        wanted = [s for s in saved if not (self.keep and s.read in reads)]
+        regather(forward, backward, wanted, num_outputs)
         return forward, backward
 
-    def _choose(
-        self,
-        forward: GraphModule,
-        backward: GraphModule,
-        saved: Sequence[SavedWeight],
-        context: Context,
-    ) -> set[Node]:
-        """The reads whose results stay whole from forward to backward."""
-        reads = list(dict.fromkeys(s.read for s in saved if s.read.target is dialect.unshard))
-        names = {r: parameter_of(source(r.args[0]), context.parameters) for r in reads}
-        if self.keep:
-            for read in reads:
-                context.decide(names[read], "kept whole", "the plan's ZeRO stage keeps weights")
-            return set(reads)
-        if context.memory is None:
-            for read in reads:
-                context.decide(names[read], "regathered in backward", "no memory bound leaves room")
-            return set()
-        room = context.memory - context.resident - _peak(forward, backward, context)
-        # Ranks may have been given batches of different sizes: the first rank's choice holds for all.
-        wanted = self._within(room, reads, names, context)
-        label = f"which weights of {', '.join(sorted(names.values()))} stay whole"
-        chosen = set(json.loads(context.agree(label, json.dumps(sorted(wanted)))))
-        for read in reads:
-            if names[read] in chosen:
-                reason = f"fits the {room / 2**20:.0f} MiB that the plan's memory bound leaves"
-                context.decide(names[read], "kept whole", reason)
-            else:
-                reason = f"does not fit in the {max(room, 0) / 2**20:.0f} MiB the bound leaves"
-                context.decide(names[read], "regathered in backward", reason)
-        return {r for r in reads if names[r] in chosen}
 
-    def _within(
-        self, room: int, reads: Sequence[Node], names: dict[Node, str], context: Context
-    ) -> list[str]:
-        def seconds_per_byte(read: Node) -> float:
-            size = num_bytes(read)
-            ranks = context.group_sizes[read.args[-1]]
-            return collective_seconds(size, ranks, context.hardware, "all_gather") / max(size, 1)
+def min_cut(joint: GraphModule, inputs: Sequence[Any], **options: Any) -> tuple[GraphModule, GraphModule]:
+    """The parts that torch's min-cut makes; ``joint`` is simplified on the way."""
+    # Elementwise values that the backward reads once are made again there rather than saved, also
+    # where that costs a kernel: memory is what sharding is for.
+    with compat.functorch_patch(ban_recompute_materialized_backward=False):
+        forward, backward = compat.min_cut_rematerialization_partition(joint, inputs, **options)
+    for part in (forward, backward):
+        fill_values(part)  # of random states, which torch's partitioner saves and restores
+    _tensors_first(forward, backward, options["num_fwd_outputs"])
+    return forward, backward
 
-        chosen = []
-        for read in sorted(reads, key=seconds_per_byte, reverse=True):
-            if num_bytes(read) <= room:
-                room -= num_bytes(read)
-                chosen.append(names[read])
-        return chosen
+
+def saved_names(forward: GraphModule, num_outputs: int) -> frozenset[str]:
+    """Names of the values that a forward part saves."""
+    saved = output_of(forward).args[0][num_outputs:]  # type: ignore[index]
+    return frozenset(n.name for n in saved)
 
 
 def _tensors_first(forward: GraphModule, backward: GraphModule, num_outputs: int) -> None:
@@ -156,11 +118,6 @@ def _tensors_first(forward: GraphModule, backward: GraphModule, num_outputs: int
     for node in reversed([n for n in taken if is_opaque(n)]):
         if node is not taken[-1]:
             taken[-1].append(node)
-
-
-def _peak(forward: GraphModule, backward: GraphModule, context: Context) -> int:
-    """Bytes at the worst moment of either part, weights that cross from one to the other included."""
-    return max(liveness(g, fused=context.fused).peak for g in (forward, backward))
 
 
 def saved_weights(forward: GraphModule, num_outputs: int) -> list[SavedWeight]:

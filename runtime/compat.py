@@ -409,6 +409,97 @@ def notes(node: torch.fx.Node) -> dict[str, Any]:
     return node.meta.get("custom") or {}
 
 
+def checkpoint_saves(node: torch.fx.Node) -> bool:
+    """Whether a user's checkpoint, or torch, wants a node's value saved and not computed again."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    policy = node.meta.get("recompute")
+    return policy in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+
+
+def checkpoint_recomputes(node: torch.fx.Node) -> bool:
+    """Whether a user's checkpoint wants a node's value computed again and not saved."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    policy = node.meta.get("recompute")
+    return policy in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def must_be_in_forward(node: torch.fx.Node) -> bool:
+    """Whether torch's partitioner may not compute a node in the backward."""
+    from torch._functorch.partitioners import _must_be_in_forward
+
+    return bool(_must_be_in_forward(node))
+
+
+def must_be_in_backward(node: torch.fx.Node) -> bool:
+    """Whether torch's partitioner may not compute a node in the forward."""
+    from torch._functorch.partitioners import _must_be_in_backward
+
+    return bool(_must_be_in_backward(node))
+
+
+def mutated_inputs(output: torch.fx.Node, count: int) -> set[str]:
+    """Names of the inputs that a joint graph's first ``count`` outputs are the new values of."""
+    from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
+
+    descriptors = output.meta.get("desc", [])[:count]
+    changed = [d.mutated_input for d in descriptors if isinstance(d, InputMutationAOTOutput)]
+    inputs = output.graph.find_nodes(op="placeholder")
+    return {n.name for n in inputs if n.meta.get("desc") in changed}
+
+
+def extract_parts(
+    joint: torch.fx.GraphModule,
+    saved: Sequence[torch.fx.Node],
+    sizes: Sequence[torch.fx.Node],
+    opaque: Sequence[torch.fx.Node],
+    num_outputs: int,
+    lasting: Sequence[int],
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    """The forward and the backward part of a joint graph with exactly these values saved between them.
+
+    The joint graph is one that torch's min-cut has prepared. ``sizes`` are numbers and ``opaque`` other
+    objects that the backward may need; inputs that it needs are found. ``lasting`` are positions of inputs
+    that live longer than the program.
+    """
+    import inspect
+
+    from torch._functorch.compile_utils import raise_getitems
+    from torch._functorch.partitioners import (
+        _extract_fwd_bwd_modules,
+        _is_primal,
+        reordering_to_mimic_autograd_engine,
+        thread_graphsafe_rng_from_hops,
+    )
+    from torch.utils._ordered_set import OrderedSet
+
+    inputs = [n for n in joint.graph.find_nodes(op="placeholder") if _is_primal(n)]
+    options: dict[str, Any] = {"num_fwd_outputs": num_outputs}
+    options["static_lifetime_input_nodes"] = OrderedSet(inputs[i] for i in lasting if i < len(inputs))
+    taken = [*(n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)), *saved]
+    if "saved_opaque_nodes" in inspect.signature(_extract_fwd_bwd_modules).parameters:
+        options["saved_opaque_nodes"] = list(opaque)
+    else:
+        taken += opaque
+    parts = _extract_fwd_bwd_modules(joint, taken, saved_sym_nodes=list(sizes), **options)
+    forward, backward = parts[0], reordering_to_mimic_autograd_engine(parts[1])
+    forward, backward = raise_getitems(forward), raise_getitems(backward)
+    forward = thread_graphsafe_rng_from_hops(forward, is_backward=False)
+    backward = thread_graphsafe_rng_from_hops(backward, is_backward=True)
+    return forward, backward
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements fill its memory, each once."""
+    return torch._prims_common.is_non_overlapping_and_dense_or_false(tensor)
+
+
+def is_symbolic(tensor: torch.Tensor) -> bool:
+    """Whether any of a tensor's sizes is a symbol."""
+    return any(isinstance(size, torch.SymInt) for size in tensor.shape)
+
+
 def checkpoint_policy(body: torch.fx.GraphModule) -> Callable[[Any, Any, Any], Any] | None:
     """What a user's selective checkpoint wants done with an operator's result, or None.
 
@@ -595,11 +686,14 @@ def placeholder_index(node: torch.fx.Node) -> int | None:
 # --- compilers -------------------------------------------------------------------------------------
 
 
-def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give ``function`` the calling convention AOTAutograd uses: all arguments in one list."""
-    from functorch.compile import make_boxed_func
+def boxed(graph: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """``graph`` as AOTAutograd calls it: all arguments in one list, which it empties, so that each dies with
+    its last use."""
+    from torch.fx.graph import _BoxedCodeGen
 
-    return make_boxed_func(function)
+    graph.graph.set_codegen(_BoxedCodeGen())
+    graph.recompile()
+    return takes_list(lambda arguments: graph.forward(arguments))
 
 
 def takes_list(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -810,6 +904,11 @@ def overload_for(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def is_random(target: Any) -> bool:
     """Whether an operator draws random numbers."""
     return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def is_seed(target: Any) -> bool:
+    """Whether an operator makes seeds for Inductor's random numbers."""
+    return target in (torch.ops.prims.inductor_seeds.default, torch.ops.prims.inductor_seed.default)
 
 
 def is_mutating(target: Any) -> bool:

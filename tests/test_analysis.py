@@ -55,6 +55,8 @@ TOY = Hardware(
     network_bandwidth=1.0,
     network_latency=20.0,
     ranks_per_node=4,
+    host_bandwidth=5.0,
+    host_memory=0,
 )
 
 
@@ -330,7 +332,7 @@ def test_inputs_of_the_captured_function_are_kept_by_default() -> None:
 
     def compiler(graph: GraphModule, _: Any) -> Any:
         graphs.append(graph)
-        return compat.boxed(graph.forward)
+        return compat.boxed(graph)
 
     layer = torch.nn.Linear(10, 10, bias=False)
     backend = compat.aot_autograd(fw_compiler=compiler, bw_compiler=compiler)

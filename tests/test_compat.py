@@ -382,7 +382,7 @@ class Recorder:
         def backward(gm: torch.fx.GraphModule, example: Any) -> Any:
             (output,) = gm.graph.find_nodes(op="output")
             self.gradients = [compat.gradient_index(d) for d in output.meta["desc"]]
-            return compat.boxed(gm.forward)
+            return compat.boxed(gm)
 
         backend = compat.aot_autograd(fw_compiler=forward, bw_compiler=backward, partition_fn=partition)
         return backend(graph, inputs)
@@ -448,8 +448,82 @@ def test_python_frames_end_with_the_caller() -> None:
     assert frames[-2] is sys._getframe()
 
 
-def test_boxed_functions_take_a_list() -> None:
-    assert compat.boxed(lambda a, b: a - b)([5, 3]) == 2
+def test_boxed_graphs_take_a_list_and_empty_it() -> None:
+    graph = torch.fx.symbolic_trace(lambda a, b: a - b)
+    given = [5, 3]
+    assert compat.boxed(graph)(given) == 2 and not given
+
+
+def test_parts_save_exactly_what_is_asked() -> None:
+    found: dict[str, Any] = {}
+
+    def partition(joint: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        compat.min_cut_rematerialization_partition(joint, inputs, **options)
+        nodes = {n.target: n for n in joint.graph.nodes if n.op == "call_function"}
+        saved = [nodes[torch.ops.aten.sin.default]]
+        forward, backward = compat.extract_parts(joint, saved, [], [], options["num_fwd_outputs"], [])
+        (output,) = forward.graph.find_nodes(op="output")
+        found["saved"] = [n.name for n in output.args[0][options["num_fwd_outputs"] :]]
+        found["again"] = [n.target for n in backward.graph.nodes if n.op == "call_function"]
+        found["mutated"] = compat.mutated_inputs(joint.graph.find_nodes(op="output")[0], 1)
+        found["sides"] = {
+            (compat.must_be_in_forward(n), compat.must_be_in_backward(n)) for n in joint.graph.nodes
+        }
+        return forward, backward
+
+    def as_is(gm: torch.fx.GraphModule, _: Any) -> Any:
+        return compat.boxed(gm)
+
+    backend = compat.aot_autograd(fw_compiler=as_is, bw_compiler=as_is, partition_fn=partition)
+    x = torch.linspace(0.1, 1, 5, requires_grad=True)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x.sin().exp().sum()
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend)(x).backward()
+    want = torch.autograd.grad(function(x), x)[0]
+    assert torch.allclose(x.grad, want)
+    assert "sin" in found["saved"] and not any("exp" in n for n in found["saved"])
+    assert torch.ops.aten.exp.default in found["again"] and torch.ops.aten.sin.default not in found["again"]
+    assert found["mutated"] == set() and found["sides"] == {(False, False)}
+
+
+def test_mutated_inputs_are_known() -> None:
+    found: list[set[str]] = []
+
+    def partition(joint: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        output = joint.graph.find_nodes(op="output")[0]
+        found.append(compat.mutated_inputs(output, options["num_fwd_outputs"]))
+        return compat.min_cut_rematerialization_partition(joint, inputs, **options)
+
+    def as_is(gm: torch.fx.GraphModule, _: Any) -> Any:
+        return compat.boxed(gm)
+
+    backend = compat.aot_autograd(fw_compiler=as_is, bw_compiler=as_is, partition_fn=partition)
+    torch._dynamo.reset()
+    norm = nn.BatchNorm1d(3)
+    torch.compile(norm, backend=backend)(torch.randn(4, 3)).sum().backward()
+    assert len(found[0]) == 3  # mean, variance, number of batches
+
+
+def test_what_checkpoints_ask_for_is_known() -> None:
+    node = torch.fx.Graph().placeholder("x")
+    assert not compat.checkpoint_saves(node) and not compat.checkpoint_recomputes(node)
+    node.meta |= compat.checkpoint_tags(1)
+    assert compat.checkpoint_recomputes(node) and not compat.checkpoint_saves(node)
+    node.meta |= compat.saved_tags()
+    assert compat.checkpoint_saves(node) and not compat.checkpoint_recomputes(node)
+
+
+def test_dense_and_symbolic_tensors_are_told_apart() -> None:
+    x = torch.ones(4, 6)
+    assert compat.is_dense(x.t()) and not compat.is_dense(x[:, ::2])
+    assert not compat.is_symbolic(x)
+    mode = compat.shape_tracing_mode()
+    assert compat.is_symbolic(compat.fake_of(mode, x, {0}, 0))
+    assert compat.is_seed(torch.ops.prims.inductor_seeds.default)
+    assert not compat.is_seed(torch.ops.aten.sin.default)
 
 
 def test_compiled_module_and_backend() -> None:

@@ -149,7 +149,7 @@ def tensors(node: Node) -> list[torch.Tensor]:
 
 def _is_inlined(node: Node, num_reads: int, views: set[Node]) -> bool:
     readers = dict.fromkeys(_readers(node, views))
-    if not all(_is_fusible(n) for n in readers):
+    if not all(is_fusible(n) for n in readers):
         return False
     return num_reads <= (_MAX_READS_SHARED if len(readers) > 1 else _MAX_READS)
 
@@ -162,7 +162,7 @@ def _readers(node: Node, views: set[Node]) -> Iterator[Node]:
             yield user
 
 
-def _is_fusible(node: Node) -> bool:
+def is_fusible(node: Node) -> bool:
     reduces = torch.Tag.reduction in _tags(node) or _packet(node) in _SCATTERS
     return is_pointwise(node) or (node.op == "call_function" and reduces)
 

@@ -34,6 +34,9 @@ class Hardware:
     ``link_latency`` seconds; each device has its own ``network_bandwidth`` B/s to other nodes,
     reached after ``network_latency`` seconds. ``stages_collectives`` says that
     its transport copies what it sends and receives, as gloo does for CPUs.
+
+    The host has ``host_memory`` bytes for each device (0: the device is the host), and copies to it
+    and from it move ``host_bandwidth`` B/s, beside the computation where ``copies_overlap``.
     """
 
     name: str
@@ -46,6 +49,9 @@ class Hardware:
     network_bandwidth: float
     network_latency: float
     ranks_per_node: int
+    host_bandwidth: float
+    host_memory: int
+    copies_overlap: bool = True
     stages_collectives: bool = False
 
     def flops_of(self, dtype: torch.dtype) -> float:
@@ -62,8 +68,11 @@ def _gpu(
     memory: float,
     link: float,
     nic: float,
+    bus: float,
+    host: float,
 ) -> Hardware:
-    """An entry from datasheet numbers: TFLOP/s, then GB/s, GB, GB/s one way, GB/s one way."""
+    """An entry from datasheet numbers: TFLOP/s, then GB/s, GB, and GB/s one way for links, network
+    and bus to the host, whose GB are an eighth of the machine's."""
     return Hardware(
         name=name,
         flops={
@@ -78,6 +87,8 @@ def _gpu(
         network_bandwidth=nic * 1e9 * _LINK,
         network_latency=1.5e-5,
         ranks_per_node=8,
+        host_bandwidth=bus * 1e9 * _LINK,
+        host_memory=int(host * 1e9),
     )
 
 
@@ -93,13 +104,22 @@ _ENTRIES = (
         network_bandwidth=1e8,
         network_latency=1e-3,
         ranks_per_node=8,
+        host_bandwidth=4e9,
+        host_memory=0,
+        copies_overlap=False,
         stages_collectives=True,
     ),
-    _gpu("a100-40g", fp32=19.5, half=312, memory_bandwidth=1555, memory=40, link=300, nic=25),
-    _gpu("a100-80g", fp32=19.5, half=312, memory_bandwidth=2039, memory=80, link=300, nic=25),
-    _gpu("h100-80g", fp32=67, half=989, memory_bandwidth=3350, memory=80, link=450, nic=50),
-    _gpu("h200", fp32=67, half=989, memory_bandwidth=4800, memory=141, link=450, nic=50),
-    _gpu("b200", fp32=75, half=2250, memory_bandwidth=7700, memory=180, link=900, nic=50),
+    _gpu(
+        "a100-40g", fp32=19.5, half=312, memory_bandwidth=1555,
+        memory=40, link=300, nic=25, bus=32, host=128,
+    ),
+    _gpu(
+        "a100-80g", fp32=19.5, half=312, memory_bandwidth=2039,
+        memory=80, link=300, nic=25, bus=32, host=128,
+    ),
+    _gpu("h100-80g", fp32=67, half=989, memory_bandwidth=3350, memory=80, link=450, nic=50, bus=64, host=256),
+    _gpu("h200", fp32=67, half=989, memory_bandwidth=4800, memory=141, link=450, nic=50, bus=64, host=256),
+    _gpu("b200", fp32=75, half=2250, memory_bandwidth=7700, memory=180, link=900, nic=50, bus=64, host=256),
 )
 _TABLE = {entry.name: entry for entry in _ENTRIES}
 

@@ -9,7 +9,8 @@ are alive:
 
 Graph inputs are alive from the start. Those which the caller keeps, constants, and what the graph
 returns never die; inputs that nothing reads live to the end. What a collective sends lives until
-its wait, except for an all-reduce, which works on a copy.
+its wait, except for an all-reduce, which works on a copy. What lies on the host has no bytes here,
+and what is reloaded from there has memory from the start of the copy.
 
 Two modes. Unfused, each node allocates its result: what an interpreter does. Fused, only values
 that Inductor would store do, by the guess of :mod:`autodist.passes.analysis.fusion`; what an
@@ -29,7 +30,7 @@ from torch.fx import Graph, GraphModule, Node
 from autodist.passes.analysis.cost import collective_bytes, is_collective_start, is_wait
 from autodist.passes.analysis.fusion import Fusion, fuse, storages, tensors
 from autodist.passes.graph import tensor_bytes
-from autodist.runtime import compat
+from autodist.runtime import compat, offload
 from autodist.runtime.compat import tree_leaves
 
 _comm = torch.ops._c10d_functional
@@ -94,8 +95,13 @@ def liveness(
     peak_node = max(nodes, key=live.__getitem__)
     at = nodes.index(peak_node)
     alive = [b for b in buffers if b.born <= at <= b.dies and b.num_bytes]
-    largest = sorted(alive, key=lambda b: -b.num_bytes)[:top]
+    largest = sorted(alive, key=operator.attrgetter("num_bytes"), reverse=True)[:top]
     return Liveness(live, live[peak_node], peak_node, held, tuple(largest))
+
+
+def is_on_host(node: Node) -> bool:
+    """Whether a node's value lies in the host's memory: what has been offloaded."""
+    return node.target is offload.offload_wait or bool(node.meta.get("host"))
 
 
 def staging_bytes(node: Node) -> int:
@@ -137,13 +143,14 @@ def _buffers(graph: Graph, fusion: Fusion | None, frees: Callable[[Node], bool])
             key = same.get(compat.storage_key(tensor), compat.storage_key(tensor))
             if key not in made:
                 size = compat.size_hint(tensor.untyped_storage().nbytes())
-                stored = fusion is None or node in fusion.stored
+                stored = (fusion is None or node in fusion.stored) and not is_on_host(node)
                 made[key] = (node, size if stored else 0)
             dies[key] = max(dies.get(key, 0), until)
     if fusion is not None:
         _take_over(fusion, made, dies, position)
     for key, (node, size) in made.items():
-        born = 0 if node.op in ("placeholder", "get_attr") else position[node]
+        start = node.args[0] if node.target is offload.reload_wait else node
+        born = 0 if node.op in ("placeholder", "get_attr") else position[start]  # type: ignore[index]
         yield Buffer(node.name, size, born, dies[key])
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from autodist.runtime import compat
+from autodist.runtime import compat, offload
 from autodist.runtime.compat import TorchDispatchMode, tree_leaves
 
 _FILE = "<emitted program>"
@@ -99,6 +99,7 @@ class _Meter(TorchDispatchMode):
         super().__init__()
         self._stages = stages
         self._staged: dict[int, Any] = {}
+        self._loading: dict[int, Any] = {}
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.peak_line: Counter[str] = Counter()
@@ -117,6 +118,14 @@ class _Meter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self._stages and func in _STAGED:
             self._stage(func, args[0], result)
+        if func is offload.offload_wait:  # on the host
+            return result
+        if func is offload.reload_wait:
+            return self._loading.pop(compat.storage_key(args[0]))
+        if func is offload.reload_start:  # takes the device's memory; its wait hands it out
+            loaded = offload.reload_wait(result, *args)
+            self._loading[compat.storage_key(result)] = loaded
+            self.count(loaded, loaded.untyped_storage().nbytes())
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.count(leaf, leaf.untyped_storage().nbytes())

@@ -1,0 +1,393 @@
+"""One memory plan: what the backward needs is saved, offloaded or computed again, within a budget.
+
+The candidates and their costs are those of :mod:`autodist.passes.analysis.savable`, the choice among them is
+made by :mod:`autodist.passes.analysis.budget`, and the parts are extracted with exactly the chosen values
+between them.
+
+The budget is on the *peak* of a part, which is more than what is saved. So the bytes that may be saved are
+searched for: each try is a choice, extracted and scheduled, and its peak is read off the schedule. Between a
+try that fits and one that does not, the next is where a straight line through their peaks meets the budget.
+The search is made over several ways to cut the forward (:mod:`autodist.passes.analysis.narrow`), because
+bytes saved do not tell how much is alive while a long chain is computed again.
+
+When what torch's min-cut saves fits, that is taken: nothing is offloaded, nor recomputed beyond it, and room
+that is left goes to weights kept from forward to backward, those first that save the most gather time a byte.
+
+Where copies run beside the computation, as much is offloaded as can be copied while the forward runs; more,
+only when nothing else fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import GraphModule, Node
+
+from autodist.passes.analysis.budget import BudgetError, Choice, How, Value, evaluate, solve
+from autodist.passes.analysis.cost import collective_seconds, node_seconds
+from autodist.passes.analysis.fusion import is_view as shares_memory
+from autodist.passes.analysis.hardware import Hardware
+from autodist.passes.analysis.narrow import crossing
+from autodist.passes.analysis.savable import READS, Rules, Savable, backward_nodes, is_number, savable
+from autodist.passes.base import Context, PassError
+from autodist.passes.graph import (
+    insert,
+    is_copy,
+    is_view,
+    num_bytes,
+    output_of,
+    parameter_of,
+    positions,
+    source,
+)
+from autodist.runtime import compat, dialect, offload
+
+_TRIES = 8
+_SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
+_DOUBT = 0.3  # of a guessed peak
+_CLOSE = 0.01  # of the budget: near enough to stop searching
+
+Parts = tuple[GraphModule, GraphModule]
+
+
+class MemoryBoundError(PassError):
+    """A memory bound that no choice keeps."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes that a program's parts hold, and the largest buffers then: (name, bytes)."""
+
+    num_bytes: int
+    top: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``device`` bytes for what parts hold at their peak, ``host`` bytes for what is offloaded.
+
+    ``keep_weights``: gathered weights are saved, whatever they cost (ZeRO-1 and ZeRO-2). Where kernels are
+    still to be fused peaks are guesses, and somebody will read the program: then ``as_is`` gives what torch's
+    min-cut saves the benefit of the doubt, and ``least`` the tightest choice, even where they seem too large.
+    """
+
+    device: int
+    host: int
+    keep_weights: bool
+    as_is: bool = False
+    least: bool = False
+
+
+@dataclass(frozen=True)
+class Program:
+    """A joint graph that torch's min-cut has prepared, and what it saves of it, by name.
+
+    ``lasting`` are positions of inputs that live longer than the program.
+    """
+
+    joint: GraphModule
+    num_outputs: int
+    lasting: Sequence[int]
+    saved: frozenset[str]
+
+
+def fit(program: Program, budget: Budget, context: Context, measure: Callable[[Parts], Peak]) -> Parts:
+    """The two parts of ``program``, within ``budget`` by the fewest added seconds.
+
+    ``measure`` schedules two parts, which it may change, and says what they hold at the peak. Raises
+    :class:`MemoryBoundError`, which says the least that would do and what dominates there.
+    """
+    return _Fit(program, budget, context, measure).run()
+
+
+@dataclass(frozen=True)
+class _Try:
+    choice: Choice
+    peak: Peak
+
+
+class _Fit:
+    def __init__(
+        self, program: Program, budget: Budget, context: Context, measure: Callable[[Parts], Peak]
+    ) -> None:
+        self.program, self.budget, self.context, self.measure = program, budget, context, measure
+        rules = Rules(program.saved, budget.keep_weights, budget.host > 0, dict(context.group_sizes))
+        self.found: Savable = savable(program.joint, program.num_outputs, rules, context.hardware)
+        backward = backward_nodes(program.joint)
+        forward = [n for n in program.joint.graph.nodes if n not in backward and n.op != "output"]
+        self.sizes = [n for n in forward if is_number(n) and n.op in ("call_function", "placeholder")]
+        plain = (torch.Tensor, tuple, list)
+        self.opaque = [
+            n for n in forward
+            if n.name in program.saved and not is_number(n) and not isinstance(n.meta["val"], plain)
+        ]  # fmt: skip
+        self.seconds = sum(node_seconds(n, context.hardware) for n in forward)
+
+    def run(self) -> Parts:
+        as_is = self._as_min_cut()
+        peak = self._peak(as_is)
+        doubt = _DOUBT if self.budget.as_is else 0.0
+        if peak.num_bytes * (1 - doubt) <= self.budget.device:
+            return self._with_weights(as_is, peak)
+        fitting = self._search(_Try(as_is, peak))
+        self._tell(fitting, peak)
+        return self._parts(fitting.choice)
+
+    # --- what fits anyway -----------------------------------------------------------------------------
+
+    def _as_min_cut(self) -> Choice:
+        """What torch's min-cut chose, weights gathered again."""
+        weights = {n for n in self.found.nodes if n.target in READS}
+        if not self.budget.keep_weights:
+            weights |= {n for n in self.found.nodes if source(n, _is_of_weight) in weights}
+        how = [
+            How.SAVE if n.name in self.program.saved and (n not in weights or self.budget.keep_weights)
+            else How.RECOMPUTE
+            for n in self.found.nodes
+        ]  # fmt: skip
+        return _used(self.found, how)
+
+    def _with_weights(self, choice: Choice, peak: Peak) -> Parts:
+        """``choice``, with weights saved that there is room for. The first rank's choice holds for all."""
+        room = max(self.budget.device - peak.num_bytes, 0)
+        reads = {
+            i: parameter_of(source(n.args[0]), self.context.parameters)  # type: ignore[arg-type]
+            for i, n in enumerate(self.found.nodes)
+            if n.target is dialect.unshard and choice.how[i] is How.RECOMPUTE
+        }
+        wanted, left = [], room
+        for i in sorted(reads, key=self._seconds_per_byte, reverse=True):
+            size = num_bytes(self.found.nodes[i])
+            if size <= left:
+                left -= size
+                wanted.append(reads[i])
+        label = f"which weights of {', '.join(sorted(reads.values()))} stay whole"
+        chosen = set(json.loads(self.context.agree(label, json.dumps(sorted(wanted)))))
+        how = list(choice.how)
+        for i, name in reads.items():
+            if name in chosen:
+                how[i] = How.SAVE
+                reason = f"fits the {room / 2**20:.0f} MiB that the plan's memory bound leaves"
+                self.context.decide(name, "kept whole", reason)
+            else:
+                reason = f"does not fit in the {room / 2**20:.0f} MiB the bound leaves"
+                self.context.decide(name, "regathered in backward", reason)
+        return self._parts(_used(self.found, how))
+
+    def _seconds_per_byte(self, i: int) -> float:
+        node = self.found.nodes[i]
+        size, ranks = num_bytes(node), self.context.group_sizes[node.args[-1]]  # type: ignore[index]
+        return collective_seconds(size, ranks, self.context.hardware, "all_gather") / max(size, 1)
+
+    # --- what does not ------------------------------------------------------------------------------------
+
+    def _search(self, loose: _Try) -> _Try:
+        """The choice of the fewest added seconds whose peak fits, over ways to cut the forward."""
+        found: list[_Try] = []
+        least: list[_Try] = []
+        for host in self._host_budgets():
+            for values in self._ways():
+                tight = self._least(values, host)
+                least.append(tight)
+                if tight.peak.num_bytes <= self.budget.device:
+                    found.append(self._within(values, host, tight, loose))
+                elif len(least) > 2 and all(t.peak.num_bytes < tight.peak.num_bytes for t in least[-3:-1]):
+                    break  # ever more cuts cost ever more
+            if found:
+                return min(found, key=lambda t: t.choice.seconds)
+        best = min(least, key=lambda t: t.peak.num_bytes)
+        if not self.budget.least:
+            raise MemoryBoundError(self._cannot(best))
+        return best
+
+    def _host_budgets(self) -> list[int]:
+        """Bytes to offload at the most: first what hides behind the forward, then all that is allowed."""
+        hardware, limit = self.context.hardware, self.budget.host
+        hidden = int(self.seconds * hardware.host_bandwidth) if hardware.copies_overlap else limit
+        return [hidden, limit] if hidden < limit else [limit]
+
+    def _ways(self) -> Iterator[Sequence[Value]]:
+        """The candidates as they are, and with what crosses ever more cuts of the forward not recomputed."""
+        values, own = self.found.values, self.found.results
+        place = {i: k for k, i in enumerate(own)}
+        forward = [replace(values[i], inputs=tuple(place[u] for u in values[i].inputs)) for i in own]
+        before: set[int] = set()
+        yield values
+        for segments in _SEGMENTS:
+            kept = {own[i] for i in crossing(forward, segments) if math.isfinite(forward[i].save)}
+            if kept and kept != before:
+                before = kept
+                yield [replace(v, recompute=math.inf) if i in kept else v for i, v in enumerate(values)]
+
+    def _within(self, values: Sequence[Value], host: int, tight: _Try, loose: _Try) -> _Try:
+        """Between saving the least and saving all that min-cut does, the most that fits."""
+        low, high = tight.choice.device_bytes, max(loose.choice.device_bytes, tight.choice.device_bytes)
+        over = loose
+        for _ in range(_TRIES):
+            spare = self.budget.device - tight.peak.num_bytes
+            if spare <= _CLOSE * self.budget.device or high - low <= _CLOSE * max(high, 1):
+                break
+            slope = (over.peak.num_bytes - tight.peak.num_bytes) / max(high - low, 1)
+            step = spare / slope if slope > 0 else (high - low) / 2
+            # A straight line is a guess: keep away from both ends, so that the interval shrinks.
+            aim = int(min(max(low + step, low + 0.1 * (high - low)), high - 0.1 * (high - low)))
+            tried = self._try(values, aim, host)
+            if tried.peak.num_bytes <= self.budget.device:
+                better = tried.choice.seconds <= tight.choice.seconds
+                low, tight = aim, tried if better else tight
+            else:
+                high, over = aim, tried
+        return tight
+
+    def _least(self, values: Sequence[Value], host: int) -> _Try:
+        """The choice that saves the fewest bytes."""
+        try:
+            choice = solve(values, 0, host)
+        except BudgetError as error:
+            choice = solve(values, error.least, host)
+        return _Try(choice, self._peak(choice))
+
+    def _try(self, values: Sequence[Value], num_bytes: int, host: int) -> _Try:
+        choice = solve(values, num_bytes, host)
+        return _Try(choice, self._peak(choice))
+
+    def _peak(self, choice: Choice) -> Peak:
+        return self.measure(self._parts(choice))
+
+    def _cannot(self, least: _Try) -> str:
+        context = self.context
+        top = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in least.peak.top[:5])
+        total = (least.peak.num_bytes + context.resident) / 2**20
+        asked = (context.memory or 0) / 2**20
+        return (
+            f"the plan's memory bound is {asked:.1f} MiB, and the least that this program can do with is "
+            f"{total:.1f} MiB: {context.resident / 2**20:.1f} MiB of gradients and optimizer state, and "
+            f"{least.peak.num_bytes / 2**20:.1f} MiB at the peak, of which the largest are {top}. Raise "
+            "'memory', shard over more ranks, split sequences ('sp'), or make the batch smaller."
+        )
+
+    def _tell(self, found: _Try, without: Peak) -> None:
+        context, choice = self.context, found.choice
+        context.decide(
+            "memory",
+            "planned",
+            f"peak {found.peak.num_bytes / 2**20:.1f} MiB for {without.num_bytes / 2**20:.1f} MiB unplanned; "
+            f"{choice.device_bytes / 2**20:.1f} MiB saved, {choice.host_bytes / 2**20:.1f} MiB offloaded, "
+            f"about {choice.seconds * 1e3:.2f} ms added, within {choice.gap:.1%} of the best",
+        )
+        size = f"{self.budget.device / 2**20:.1f} MiB"
+        for node, value, how in zip(self.found.nodes, self.found.values, choice.how, strict=True):
+            if how is How.OFFLOAD:
+                costs = f"{value.offload * 1e3:.3f} ms of copies"
+                context.decide(node.name, "offloaded", f"{_mib(value.num_bytes)}; {costs}, to stay in {size}")
+            elif how is How.RECOMPUTE and node.name in self.program.saved:
+                costs = f"{value.recompute * 1e3:.3f} ms again"
+                again = f"{_mib(value.num_bytes)}; {costs}, to stay in {size}"
+                context.decide(node.name, "recomputed", again)
+
+    # --- parts ------------------------------------------------------------------------------------------
+
+    def _parts(self, choice: Choice) -> Parts:
+        kept = {n: h for n, h in zip(self.found.nodes, choice.how, strict=True)}
+        saved = [n for n, h in kept.items() if h in (How.SAVE, How.OFFLOAD) and n.op == "call_function"]
+        program = self.program
+        parts = compat.extract_parts(
+            program.joint, saved, self.sizes, self.opaque, program.num_outputs, program.lasting
+        )
+        moved = {n.name for n, h in kept.items() if h is How.OFFLOAD}
+        if moved:
+            _offload(parts, moved, program.num_outputs, self.budget.host, self.context.hardware)
+        return parts
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.2f} MiB"
+
+
+def _is_of_weight(node: Node) -> bool:
+    return is_view(node) or is_copy(node)
+
+
+def _used(found: Savable, how: Sequence[How]) -> Choice:
+    return evaluate(found.values, how)
+
+
+# --- offloading ---------------------------------------------------------------------------------------
+
+
+def _offload(parts: Parts, names: set[str], num_outputs: int, limit: int, hardware: Hardware) -> None:
+    """Copy the saved values ``names`` to the host in the forward part, and back in the backward part."""
+    forward, backward = parts
+    output = output_of(forward)
+    results = list(output.args[0])  # type: ignore[arg-type]
+    for i in range(num_outputs, len(results)):
+        node = results[i]
+        if node.name in names:
+            results[i] = _copied_out(forward, node, limit)
+    output.args = (tuple(results),)
+    for node in backward.graph.find_nodes(op="placeholder"):
+        if node.name in names:
+            _copied_back(backward, node, hardware)
+    for part in parts:
+        part.graph.lint()
+        part.recompile()
+
+
+def _copied_out(forward: GraphModule, node: Node, limit: int) -> Node:
+    """The host's copy of a value, begun where the value is made and waited for after its last reader."""
+    order, value = positions(forward.graph), node.meta["val"]
+    last = max(_reads(node), key=order.__getitem__, default=node)
+    with forward.graph.inserting_after(node):
+        token = insert(forward.graph, offload.offload_start, (node, list(value.stride()), limit), node)
+    with forward.graph.inserting_after(token if last is node else last):
+        return insert(forward.graph, offload.offload_wait, (token, node), node)
+
+
+def _reads(node: Node) -> list[Node]:
+    """What computes with a node's value or a view of it, the output of the graph left out."""
+    found: list[Node] = []
+    for user in node.users:
+        if user.op == "output":
+            continue
+        found.append(user)
+        if shares_memory(user):
+            found += _reads(user)
+    return found
+
+
+def _copied_back(backward: GraphModule, node: Node, hardware: Hardware) -> None:
+    """Let a placeholder be the host's copy; it is asked for early enough to be there when it is read."""
+    graph, value = backward.graph, node.meta["val"]
+    order = positions(graph)
+    readers = list(node.users)
+    first = min(readers, key=order.__getitem__)
+    start = _early(graph, first, num_bytes(node), hardware)
+    layout = (list(value.shape), list(value.stride()), value.device)
+    with compat.fake_mode_of([value]) or contextlib.nullcontext():
+        node.meta["val"] = torch.empty((value.numel(),), dtype=value.dtype, device="cpu")
+    node.meta["host"] = True
+    with graph.inserting_before(start):
+        token = insert(graph, offload.reload_start, (node, *layout), node)
+    with graph.inserting_before(first):
+        back = insert(graph, offload.reload_wait, (token, node, *layout), node)
+    for reader in readers:
+        reader.replace_input_with(node, back)
+
+
+def _early(graph: torch.fx.Graph, first: Node, size: int, hardware: Hardware) -> Node:
+    """The node before which a copy of ``size`` bytes begins, to be done when ``first`` runs."""
+    if not hardware.copies_overlap:
+        return first
+    left, at = size / hardware.host_bandwidth, first
+    while left > 0 and at.prev.op == "call_function":
+        at = at.prev
+        left -= node_seconds(at, hardware)
+    return at
+
+
+__all__ = ["Budget", "MemoryBoundError", "Parts", "Peak", "Program", "fit"]
