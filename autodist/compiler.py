@@ -292,9 +292,9 @@ class Compilation:
         raise MemoryBoundError(
             f"the plan's memory bound is {memory / 2**20:.1f} MiB, and planned as tightly as can be "
             f"Inductor's program needs {(held_at_peak + self.resident) / 2**20:.1f} MiB: "
-            f"{held / 2**20:.1f} MiB of parameters and batch, {self.resident / 2**20:.1f} MiB of gradients and "
-            f"optimizer state beside it, and {(held_at_peak - held) / 2**20:.1f} MiB that it makes. Raise 'memory', shard over "
-            "more ranks, split sequences ('sp'), or make the batch smaller."
+            f"{held / 2**20:.1f} MiB of parameters and batch, {self.resident / 2**20:.1f} MiB of gradients "
+            f"and optimizer state beside it, and {(held_at_peak - held) / 2**20:.1f} MiB that it makes. "
+            "Raise 'memory', shard over more ranks, split sequences ('sp'), or make the batch smaller."
         )
 
     def whole(self, graph: GraphModule) -> GraphModule:
