@@ -141,16 +141,17 @@ class _Fit:
     # --- what fits anyway -----------------------------------------------------------------------------
 
     def _as_min_cut(self) -> Choice:
-        """What torch's min-cut chose, weights gathered again."""
-        weights = {n for n in self.found.nodes if n.target in READS}
-        if not self.budget.keep_weights:
-            weights |= {n for n in self.found.nodes if source(n, _is_of_weight) in weights}
-        how = [
-            How.SAVE if n.name in self.program.saved and (n not in weights or self.budget.keep_weights)
-            else How.RECOMPUTE
-            for n in self.found.nodes
-        ]  # fmt: skip
-        return _used(self.found, how)
+        """What torch's min-cut chose; weights are gathered again, and what happens once is saved."""
+        reads = {n for n in self.found.nodes if n.target in READS and not self.budget.keep_weights}
+        of_weights = {n for n in self.found.nodes if source(n, _is_of_weight) in reads}
+        # In a checkpoint min-cut draws random numbers again, from generators whose states it saves.
+        kept = {
+            n for n, v in zip(self.found.nodes, self.found.values, strict=True)
+            if math.isinf(v.recompute) and math.isfinite(v.save)
+        }  # fmt: skip
+        kept |= {n for n in self.found.nodes if n.name in self.program.saved and n not in of_weights}
+        how = [How.SAVE if n in kept else How.RECOMPUTE for n in self.found.nodes]
+        return evaluate(self.found.values, how)
 
     def _with_weights(self, choice: Choice, peak: Peak) -> Parts:
         """``choice``, with weights saved that there is room for. The first rank's choice holds for all."""
@@ -177,7 +178,7 @@ class _Fit:
             else:
                 reason = f"does not fit in the {room / 2**20:.0f} MiB the bound leaves"
                 self.context.decide(name, "regathered in backward", reason)
-        return self._parts(_used(self.found, how))
+        return self._parts(evaluate(self.found.values, how))
 
     def _seconds_per_byte(self, i: int) -> float:
         node = self.found.nodes[i]
@@ -311,10 +312,6 @@ def _mib(num_bytes: int) -> str:
 
 def _is_of_weight(node: Node) -> bool:
     return is_view(node) or is_copy(node)
-
-
-def _used(found: Savable, how: Sequence[How]) -> Choice:
-    return evaluate(found.values, how)
 
 
 # --- offloading ---------------------------------------------------------------------------------------

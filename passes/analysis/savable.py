@@ -103,6 +103,7 @@ def savable(joint: GraphModule, num_outputs: int, rules: Rules, hardware: Hardwa
         can = math.isfinite(again) and all(possible[u] for u in inputs)
         if not can and math.isinf(save) and _has_memory(node):  # drawn inside of a checkpoint, say
             save = _write_and_read(node, hardware)
+        again = again if can else math.inf
         possible.append(can or math.isfinite(save))
         is_tensor = isinstance(node.meta["val"], torch.Tensor)
         host = _offload(node, rules, hardware) if math.isfinite(save) else math.inf
