@@ -1,6 +1,6 @@
 # make demo      train a small Llama on 2 processes, stop, go on with 3, then with 1
 # make test      lint, types of the built package, all tests
-# make quick     the tests that take less than ten minutes together
+# make quick     the same tests without those that take longest
 # make compat    the tests that notice moved torch internals, on each torch of TORCHES
 # make bench     autodist beside DDP, FSDP2 and (where installed) DeepSpeed
 # make clean     remove everything the targets above made

@@ -179,7 +179,7 @@ def _priced(values: Sequence[Value], device: int, host: int) -> tuple[list[Choic
         bound = max(bound, value - price * device - (0.0 if closed else price_of_host * host))
         seen.append(choice)
         free = closed and price == 0.0 and choice.device_bytes <= device
-        if free or promised - bound <= 1e-6 * abs(bound):
+        if free or promised - bound <= 1e-5 * abs(bound):
             break
         if len(seen) == 1:
             seen.append(_least(values, host))
@@ -201,7 +201,7 @@ def _highest(seen: Sequence[Choice], device: int, host: int) -> tuple[tuple[floa
         [device / byte, host / byte, -1.0],
         A_ub=rows,
         b_ub=[c.seconds / second for c in seen],
-        bounds=[(0, 1e9), (0, 1e9), (None, None)],
+        bounds=[(0, 1e6), (0, 1e6), (None, None)],
     )
     price, price_of_host, _ = found.x
     return (price * second / byte, price_of_host * second / byte), -found.fun * second
@@ -219,7 +219,8 @@ def _least(values: Sequence[Value], host: int) -> Choice:
 def _cut(
     values: Sequence[Value], price: float, price_of_host: float, seconds: float = 1.0
 ) -> tuple[Choice, float]:
-    """The best choice at these prices, and what it costs with what is paid for memory.
+    """The best choice at these prices, and what it costs with what is paid for memory, less what rounding may
+    have cost: no choice costs less.
 
     ``seconds`` is what a second costs.
     """
@@ -229,7 +230,7 @@ def _cut(
     saving = _times(np.array([v.save for v in values]), seconds) + price * sizes
     offloading = _times(np.array([v.offload for v in values]), seconds) + paid
     again = _times(np.array([v.recompute for v in values]), seconds)
-    at_hand, anew = _side_of_source(values, np.minimum(saving, offloading), again)
+    at_hand, anew, unsure = _side_of_source(values, np.minimum(saving, offloading), again)
     kept = [How.SAVE if s <= o else How.OFFLOAD for s, o in zip(saving, offloading, strict=True)]
     how = [
         How.NOT_NEEDED if not a else How.RECOMPUTE if r else k
@@ -237,7 +238,7 @@ def _cut(
     ]
     choice = evaluate(values, how)
     total = seconds * choice.seconds + price * choice.device_bytes
-    return choice, total + (price_of_host * choice.host_bytes if choice.host_bytes else 0.0)
+    return choice, total + (price_of_host * choice.host_bytes if choice.host_bytes else 0.0) - unsure
 
 
 def _times(costs: np.ndarray, factor: float) -> np.ndarray:
@@ -246,8 +247,9 @@ def _times(costs: np.ndarray, factor: float) -> np.ndarray:
 
 def _side_of_source(
     values: Sequence[Value], keeping: np.ndarray, again: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each value whether ``A_v``, and whether ``R_v``, is on the source's side of a minimum cut."""
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """For each value whether ``A_v``, and whether ``R_v``, is on the source's side of a minimum cut; and by
+    how much the cut may exceed the minimum, because capacities are rounded."""
     n = len(values)
     source, sink = 2 * n, 2 * n + 1
     finite = keeping[np.isfinite(keeping)].sum() + again[np.isfinite(again)].sum()
@@ -273,7 +275,9 @@ def _side_of_source(
     reached = breadth_first_order(residual, source, return_predecessors=False)
     side = np.zeros(2 * n + 2, dtype=bool)
     side[reached] = True
-    return side[:n], side[n : 2 * n]
+    scaled = scale * np.concatenate([c[np.isfinite(c)] for c in (keeping, again)])
+    rounded = float(np.abs(scaled - np.round(scaled)).sum())
+    return side[:n], side[n : 2 * n], rounded / scale if scale else 0.0
 
 
 # --- from prices to budgets --------------------------------------------------------------------------
