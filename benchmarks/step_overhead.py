@@ -39,13 +39,12 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from torch import Tensor, nn
 
 import autodist
 from autodist.step_capture import program_inputs
 from autodist.step_state import State, roots_of
 from benchmarks.report import Spread
-from benchmarks.workload import WARM_UP_STEPS, Workload, adamw
+from benchmarks.workload import WARM_UP_STEPS, Workload, adamw, training_step
 
 _RESULTS = Path(__file__).parent / "results"
 _RANKS = (1, 2)
@@ -93,14 +92,14 @@ def measure(workload: Workload, lowering: str, rounds: int) -> Overhead:
     """On this rank; the same result on every rank, but for the split."""
     model = workload.model()
     optimizer = adamw(model)
-    step = autodist.train_step(plan={"lowering": lowering})(_train)
+    step = autodist.train_step(plan={"lowering": lowering})(training_step)
     tokens, *_ = workload.tokens(0)
     for _ in range(WARM_UP_STEPS):
         step(model, optimizer, tokens)
     (program,) = step.programs  # type: ignore[attr-defined]
     compiled = program.compiled
     watch = program.compiled = Stopwatch(compiled)
-    state = State.of(roots_of(_train, (model, optimizer)))
+    state = State.of(roots_of(training_step, (model, optimizer)))
     inputs = program_inputs(state, [tokens])
 
     def direct() -> None:
@@ -129,14 +128,6 @@ def measure(workload: Workload, lowering: str, rounds: int) -> Overhead:
         for kind, seconds in calls.items():
             found.setdefault(kind, []).append(statistics.median(seconds))
     return Overhead(num_inputs=len(inputs), **found)  # type: ignore[arg-type]
-
-
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> Tensor:
-    loss: Tensor = model(input_ids=tokens, labels=tokens).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss
 
 
 def _timed(call: Callable[[], object]) -> tuple[float, float]:

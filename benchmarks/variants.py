@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import autodist
-from benchmarks.workload import Workload, adamw
+from benchmarks.workload import Workload, adamw, training_step
 
 Step = Callable[[Tensor], Tensor]
 
@@ -153,15 +153,7 @@ def _autodist(stage: int) -> Callable[[nn.Module, Workload], Step]:
 
 def _autodist_step(model: nn.Module, workload: Workload) -> Step:
     optimizer = adamw(model)
-
-    @autodist.train_step(plan={"zero": 3})
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> Tensor:
-        loss: Tensor = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
+    step = autodist.train_step(plan={"zero": 3})(training_step)
     return lambda tokens: step(model, optimizer, tokens)
 
 

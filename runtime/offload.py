@@ -249,12 +249,8 @@ offload_start = torch.ops.autodist.offload_start.default
 offload_wait = torch.ops.autodist.offload_wait.default
 reload_start = torch.ops.autodist.reload_start.default
 reload_wait = torch.ops.autodist.reload_wait.default
-STARTS = (offload_start, reload_start)
-WAITS = (offload_wait, reload_wait)
 
 __all__ = [
-    "STARTS",
-    "WAITS",
     "AtOnce",
     "Copier",
     "HostMemoryError",

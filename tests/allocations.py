@@ -7,13 +7,15 @@ the block is not counted, nor is it when it is freed inside.
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -51,3 +53,13 @@ def peak_bytes() -> Iterator[Allocations]:
         else:
             found.held -= live.pop(event["Addr"], 0)
         found.peak = max(found.peak, found.held)
+
+
+def step_peak(model: nn.Module, step: Callable[[], object]) -> int:
+    """Bytes that a step allocates at the most, without gradients from before."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    gc.collect()
+    with peak_bytes() as found:
+        step()
+    return found.peak

@@ -7,9 +7,7 @@ anything has run (eager lowering), or off the program Inductor emitted.
 
 from __future__ import annotations
 
-import gc
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tests.allocations import peak_bytes
+from tests.allocations import step_peak
 from tests.ranks import run_ranks
 
 
@@ -48,22 +46,13 @@ def predicted_and_measured(lowering: str) -> tuple[float, float]:
     report = job.reports[-1]
     # Gloo's worker threads let go of a finished collective's buffers when they next run: one step in
     # many holds a buffer less or a buffer more than the program asks for. The median is the program's.
-    measured = statistics.median(_peak(model, step) for _ in range(7))
+    measured = statistics.median(step_peak(model, step) for _ in range(7))
     held = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
     if lowering == "inductor":
         peaks = [report.emitted_peak(part) for part in ("forward", "backward")]
     else:
         peaks = [timeline.peak_bytes - held for timeline in report.timelines.values()]
     return max(peaks) / 2**20, measured / 2**20
-
-
-def _peak(model: torch.nn.Module, step: Callable[[], None]) -> int:
-    for parameter in model.parameters():
-        parameter.grad = None
-    gc.collect()
-    with peak_bytes() as found:
-        step()
-    return found.peak
 
 
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])

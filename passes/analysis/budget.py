@@ -34,6 +34,7 @@ end by HiGHS instead.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -111,7 +112,7 @@ def solve(values: Sequence[Value], device: int, host: int = 0) -> Choice:
     fitting = [c for c in (*seen, tight) if c.device_bytes <= device and c.host_bytes <= host]
     if not fitting:
         raise BudgetError(tight.device_bytes, device)
-    found = min(fitting, key=_seconds)
+    found = min(fitting, key=operator.attrgetter("seconds"))
     for _ in range(_ROUNDS):
         before = found
         for other in seen:
@@ -159,10 +160,6 @@ def evaluate(values: Sequence[Value], how: Sequence[How]) -> Choice:
 def _cost(value: Value, how: How) -> float:
     costs = {How.SAVE: value.save, How.OFFLOAD: value.offload, How.RECOMPUTE: value.recompute}
     return costs.get(how, 0.0)
-
-
-def _seconds(choice: Choice) -> float:
-    return choice.seconds
 
 
 # --- prices ------------------------------------------------------------------------------------------

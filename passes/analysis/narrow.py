@@ -11,6 +11,7 @@ What crosses and is cheap to make from the program's inputs (masks, rotary table
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from autodist.passes.analysis.budget import Value
@@ -21,7 +22,7 @@ _CHEAP = 0.1  # of a segment's cost: what may be made anew from the inputs
 
 def crossing(values: Sequence[Value], segments: int) -> set[int]:
     """The values to keep so that nothing is computed again over more than one of so many segments."""
-    cost = [v.recompute if v.recompute < float("inf") else 0.0 for v in values]
+    cost = [v.recompute if math.isfinite(v.recompute) else 0.0 for v in values]
     total = sum(cost)
     last = list(range(len(values)))
     for i, value in enumerate(values):
@@ -31,7 +32,7 @@ def crossing(values: Sequence[Value], segments: int) -> set[int]:
     for i, value in enumerate(values):
         if last[i] > i:
             width[i + 1] += value.num_bytes
-            width[last[i] + 1 if last[i] + 1 <= len(values) else len(values)] -= value.num_bytes
+            width[last[i] + 1] -= value.num_bytes
     done, at = [], 0.0
     for i in range(len(values)):
         width[i + 1] += width[i]

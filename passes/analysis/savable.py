@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +89,7 @@ def savable(joint: GraphModule, num_outputs: int, rules: Rules, hardware: Hardwa
         for n in joint.graph.nodes
         if is_candidate(n) and (n in results or any(u in backward for u in n.users))
     }
-    wanted = set(needed)
-    for node in reversed(joint.graph.nodes):
-        if node in wanted:
-            wanted.update(filter(is_candidate, node.all_input_nodes))
+    wanted = _sources(joint, needed, is_candidate)
     nodes = tuple(n for n in joint.graph.nodes if n in wanted)
     position = {n: i for i, n in enumerate(nodes)}
     values: list[Value] = []
@@ -109,11 +106,17 @@ def savable(joint: GraphModule, num_outputs: int, rules: Rules, hardware: Hardwa
         host = _offload(node, rules, hardware) if math.isfinite(save) else math.inf
         size = num_bytes(node) if is_tensor else 0
         values.append(Value(node.name, size, inputs, node in needed and is_tensor, again, save, host))
-    ancestors = {n for n in outputs[:num_outputs] if isinstance(n, Node)}
+    forward = _sources(joint, {n for n in outputs[:num_outputs] if isinstance(n, Node)}, lambda node: True)
+    return Savable(nodes, tuple(values), tuple(i for i, n in enumerate(nodes) if n in forward))
+
+
+def _sources(joint: GraphModule, nodes: set[Node], among: Callable[[Node], bool]) -> set[Node]:
+    """``nodes`` and all that they are computed from, as far as it is ``among`` those asked for."""
+    found = set(nodes)
     for node in reversed(joint.graph.nodes):
-        if node in ancestors:
-            ancestors.update(node.all_input_nodes)
-    return Savable(nodes, tuple(values), tuple(i for i, n in enumerate(nodes) if n in ancestors))
+        if node in found:
+            found.update(filter(among, node.all_input_nodes))
+    return found
 
 
 def backward_nodes(joint: GraphModule) -> set[Node]:
