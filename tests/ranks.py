@@ -17,6 +17,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+_GRACE = 30.0  # seconds that the others have, once a rank has failed
 _START = multiprocessing.get_context("spawn")
 _POOLS: dict[int, list[tuple[Any, Connection]]] = {}
 
@@ -87,7 +88,7 @@ def run_ranks(
     """``function(*args)`` on every rank; its results by rank.
 
     ``function`` must be importable (module level). Raises :class:`RankFailed` with the tracebacks of the
-    ranks that raised, died, or did not finish within ``seconds``.
+    ranks that raised, died, or did not finish within ``seconds``, or soon after another had failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         workers = _pool(world_size)
@@ -97,7 +98,8 @@ def run_ranks(
         ranks = {pipe: rank for rank, (_, pipe) in enumerate(workers)}
         while len(results) < world_size:
             waiting = [p for p, r in ranks.items() if r not in results]
-            ready = wait(waiting, timeout=seconds)
+            alone = any(not ok for ok, _ in results.values())
+            ready = wait(waiting, timeout=min(seconds, _GRACE) if alone else seconds)
             if not ready:
                 break
             for pipe in ready:
@@ -107,7 +109,7 @@ def run_ranks(
                     results[ranks[pipe]] = (False, "the process died")  # type: ignore[index]
     missing = [r for r in range(world_size) if r not in results]
     failed = {r: text for r, (ok, text) in results.items() if not ok}
-    failed |= {r: f"no result within {seconds} s" for r in missing}
+    failed |= {r: "no result in time" for r in missing}
     if failed:
         _discard(world_size)
         raise RankFailed("\n".join(f"rank {r}:\n{text}" for r, text in sorted(failed.items())))
