@@ -40,7 +40,7 @@ from autodist.passes.analysis.cost import collective_kind, is_collective_start
 from autodist.passes.analysis.liveness import is_on_host, liveness
 from autodist.passes.analysis.timeline import Timeline, simulate
 from autodist.passes.analysis.wrapper import wrapper_peak
-from autodist.passes.base import Context, Pass, Phase, Record, operators, run_passes
+from autodist.passes.base import Context, Pass, Phase, Record, operators, run_passes, size_text
 from autodist.passes.bucket import Bucket
 from autodist.passes.capture import functional
 from autodist.passes.checkpoints import AskPolicies
@@ -149,9 +149,9 @@ class Compilation:
 
     ``parameters`` maps the graph's inputs, by position, to parameter names; ``batch`` describes the others.
     ``resident`` counts bytes that live outside the graph while it runs, ``beside`` a step's inputs that are
-    not those of the region at hand; ``kept`` are outputs of a training
-    step that stay in pieces, ``updates`` says what it does to parameters, and ``lasts`` is False for one that
-    runs only once; ``aim`` is what the peak of the next plan is to be, once one has missed.
+    not those of the region at hand; ``kept`` are outputs of a training step that stay in pieces, ``updates``
+    says what it does to parameters, and ``lasts`` is False for one that runs only once; ``aim`` is what the
+    peak of the next plan is to be, once one has missed, and ``tries`` counts those that did.
     """
 
     job: Job
@@ -165,6 +165,7 @@ class Compilation:
     updates: str = ""
     kept: dict[int, Kept] = field(default_factory=dict)
     aim: int | None = None
+    tries: int = 0
     beside: int = 0
 
     def context(self, phase: Phase) -> Context:
@@ -177,6 +178,7 @@ class Compilation:
             resident=self.resident + self.beside,
             fused=self.job.plan.lowering == "inductor",
             agree=self.job.lead,
+            largest=self.job.largest,
         )
 
     def transform(self, graph: GraphModule, phase: Phase) -> GraphModule:
@@ -204,7 +206,7 @@ class Compilation:
         if context.memory is None:
             parts = Partition(keep).split(joint, inputs, context, **options)
         else:
-            parts = self._fitted(joint, inputs, context, **options)
+            parts = self._fitted(joint, inputs, context, keep, **options)
         seconds = time.thread_time() - start
         now = operators(parts[0]) + operators(parts[1])
         self.report.records.append(
@@ -220,29 +222,39 @@ class Compilation:
         return parts
 
     def _fitted(
-        self, joint: GraphModule, inputs: Sequence[Any], context: Context, **options: Any
+        self, joint: GraphModule, inputs: Sequence[Any], context: Context, keep_weights: bool, **options: Any
     ) -> tuple[GraphModule, GraphModule]:
         """The parts within the plan's memory."""
         num_outputs, lasting = options["num_fwd_outputs"], options.get("static_lifetime_input_indices") or []
         forward, _ = min_cut(joint, inputs, **options)
-        program = Program(joint, num_outputs, lasting, saved_names(forward, num_outputs))
+        saved, subject = saved_names(forward, num_outputs), self._planned(joint)
+        program = Program(joint, num_outputs, lasting, saved, subject)
         assert context.memory is not None
         room = context.memory - context.resident
         fused = self.job.plan.lowering == "inductor" and not self.job.dry_run
         budget = Budget(
             device=room if self.aim is None else self.aim,
             host=self.job.host_bytes,
-            keep_weights=self.job.plan.zero < 3,
+            keep_weights=keep_weights,
             as_is=fused and self.aim is None,
             least=fused,
         )
         return fit(program, budget, context, self._peak)
 
+    def _planned(self, graph: GraphModule) -> str:
+        """What ranks call a graph whose memory they plan: the same for other sizes of a batch."""
+        values = ((n, n.meta.get("val", n.meta.get("example_value"))) for n in graph.graph.nodes)
+        tensors = (n for n, value in values if isinstance(value, torch.Tensor))
+        text = "\n".join(getattr(n.target, "__qualname__", str(n.target)) for n in tensors)
+        made = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        runs = "" if self.lasts else ", which runs once"
+        return f"program {made} of {', '.join(sorted(self.parameters.values()))}{runs}, try {self.tries}"
+
     def _peak(self, parts: tuple[GraphModule, GraphModule]) -> Peak:
         """What two parts hold at the most, once they are scheduled."""
         found = []
         for part, phase in zip(parts, (Phase.FORWARD_PART, Phase.BACKWARD_PART), strict=True):
-            context = dataclasses.replace(self.context(phase), agree=lambda subject, value: value)
+            context = dataclasses.replace(self.context(phase), agree=lambda subject, make: make())
             scheduled = run_passes(part, self._passes(), context, [])
             live = liveness(scheduled, fused=context.fused, staged=self.job.hardware.stages_collectives)
             found.append(Peak(live.peak, tuple((b.name, b.num_bytes) for b in live.top)))
@@ -260,41 +272,44 @@ class Compilation:
 
         ``held`` counts the bytes of the graph's inputs. The plan is made before Inductor fuses, and is a
         guess of what that does. The program is read; where it holds too much, the next plan is corrected by
-        how far the guess was off. The first rank's reading holds for all.
+        how far the guess was off. The largest excess of all ranks holds for all.
 
         Raises :class:`~autodist.passes.memory.MemoryBoundError` when that does not end.
         """
         memory = self.job.plan.memory_bytes
         if memory is None:
             return compiled(graph)
-        before, wanted = len(self.report.records), ", ".join(sorted(self.parameters.values()))
-        room, earlier = memory - self.resident, set()
+        before, room, earlier = len(self.report.records), memory - self.resident, set()
         for attempt in range(_PLANS):
+            self.tries = attempt
             del self.report.records[before:]
             self.report.programs.clear()
             made = compiled(copy.deepcopy(graph))
             emitted = [self.report.emitted_peak(part) for part in self.report.programs]
             held_at_peak = max(emitted) + held if emitted else 0
-            held_at_peak = int(self.job.lead(f"memory of plan {attempt} of {wanted}", str(held_at_peak)))
+            over = self.job.largest(f"what {self._planned(graph)} lacks", held_at_peak - room)
+            alone = held_at_peak > room + over  # this batch is larger than those that it was settled for
+            held_at_peak = max(held_at_peak, room + over)
             if held_at_peak <= room:
                 return made
-            if held_at_peak in earlier:  # the same program again: there is nothing tighter
+            if alone or held_at_peak in earlier:  # the same program again: there is nothing tighter
                 break
             earlier.add(held_at_peak)
             log.info(
-                "graph %d: Inductor's program holds %.1f MiB more than the plan's memory; planning again",
-                self.report.number, (held_at_peak - room) / 2**20,
+                "graph %d: Inductor's program holds %s more than the plan's memory; planning again",
+                self.report.number, size_text(held_at_peak - room),
             )  # fmt: skip
             guessed = max(t.peak_bytes for t in self.report.timelines.values())
             aim = room - (held_at_peak - guessed)  # as far off as this guess was, the next may be
             tighter = aim if self.aim is None else min(aim, self.aim - int(1.25 * (held_at_peak - room)))
             self.aim = 0 if attempt == _PLANS - 2 else tighter  # at last, what holds the least
         raise MemoryBoundError(
-            f"the plan's memory bound is {memory / 2**20:.1f} MiB, and planned as tightly as can be "
-            f"Inductor's program needs {(held_at_peak + self.resident) / 2**20:.1f} MiB: "
-            f"{held / 2**20:.1f} MiB of parameters and batch, {self.resident / 2**20:.1f} MiB of gradients "
-            f"and optimizer state beside it, and {(held_at_peak - held) / 2**20:.1f} MiB that it makes. "
+            f"the plan's memory bound is {size_text(memory)}, and planned as tightly as can be "
+            f"Inductor's program needs {size_text(held_at_peak + self.resident)}: "
+            f"{size_text(held)} of parameters and batch, {size_text(self.resident)} of gradients "
+            f"and optimizer state beside it, and {size_text(held_at_peak - held)} that it makes. "
             "Raise 'memory', shard over more ranks, split sequences ('sp'), or make the batch smaller."
+            + (" The plan was made with smaller batches: begin with the largest." if alone else "")
         )
 
     def whole(self, graph: GraphModule) -> GraphModule:
@@ -438,12 +453,13 @@ def compile_graph(
         _batch(inputs),
     )
     job.at(f"compiling graph {report.number}")
-    graph = run.transform(graph, Phase.CAPTURED)
-    kept, run.policies = graph.meta.get(SHARDED_OUTPUTS, {}), graph.meta.get(POLICIES, {})
     lower = _inductor if job.plan.lowering == "inductor" and not job.dry_run else _eager
     # Under a memory bound both programs are read before either runs.
     bound = job.plan.memory is not None
-    with compat.functorch_patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=bound):
+    patch = compat.functorch_patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=bound)
+    with job.failing_together(), patch:
+        graph = run.transform(graph, Phase.CAPTURED)
+        kept, run.policies = graph.meta.get(SHARDED_OUTPUTS, {}), graph.meta.get(POLICIES, {})
         compiled = run.within_memory(graph, lambda program: lower(program, inputs, run, mode), _bytes(inputs))
     if job.is_first_rank:
         _summarise(report)
@@ -477,7 +493,8 @@ def compile_step(captured: Captured, job: Job, kernels: bool = True) -> Callable
         with torch.no_grad(), compat.compiling_in(captured.mode), uncached:
             return lower(graph, inputs, run, None)
 
-    compiled = run.within_memory(step, compiled_program, _bytes(inputs))
+    with job.failing_together():
+        compiled = run.within_memory(step, compiled_program, _bytes(inputs))
     if job.is_first_rank:
         _summarise(report)
     return _step_border(compiled, job, run.kept)

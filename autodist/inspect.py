@@ -25,6 +25,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from autodist.passes.analysis.layers import Repeat, common_text, fold
+from autodist.passes.base import size_text
 
 _SHOWN_BUFFERS, _SHOWN_NAMES = 6, 2
 
@@ -203,7 +204,7 @@ def _show_parameters(console: Console, parameters: Mapping[str, Any]) -> None:
             common_text(names),
             str(len(names)),
             shard,
-            "" if whole is None else _size(whole),
+            "" if whole is None else size_text(whole),
             "; ".join(map(_gather, first["gathers"])) or "none",
             "; ".join(f"{e['part']} {e['start']}, {e['wait']}" for e in first["reductions"])
             or "none",
@@ -220,7 +221,7 @@ def _show_collectives(console: Console, part: str, events: Sequence[Mapping[str,
     if not events:
         return
     total = sum(e["num_bytes"] for e in events)
-    _heading(console, f"collectives of the {part}: {len(events)}, {_size(total)}")
+    _heading(console, f"collectives of the {part}: {len(events)}, {size_text(total)}")
     table = _table(">start", ">wait", "kind", ">bytes", ">ranks", ">tensors", "of")
     keys = [(e["kind"], e["num_bytes"], e["num_ranks"], len(e["payloads"])) for e in events]
     for row in _collective_rows(fold(keys), events, [0], ""):
@@ -250,7 +251,7 @@ def _collective_rows(
                 str(event["start"]),
                 str(min(waits)),
                 indent + event["kind"],
-                _size(event["num_bytes"]),
+                size_text(event["num_bytes"]),
                 str(event["num_ranks"]),
                 str(len(event["payloads"])),
                 common_text(copies_names),
@@ -270,23 +271,23 @@ def _show_prediction(console: Console, summary: Mapping[str, Any]) -> None:
     for name, part in parts.items():
         times = ("seconds", "compute_seconds", "communication_seconds", "exposed_seconds")
         at = f"{part['peak_node']} ({part['peak_position']} of {part['nodes']})"
-        table.add_row(name, *(_time(part[t]) for t in times), _size(part["peak_bytes"]), at)
+        table.add_row(name, *(_time(part[t]) for t in times), size_text(part["peak_bytes"]), at)
     _print_table(console, table)
     name, part = max(parts.items(), key=lambda item: item[1]["peak_bytes"])
     table = _table(f"alive at the peak of the {name}", ">count", ">bytes")
     for buffers in part["live_at_peak"][:_SHOWN_BUFFERS]:
-        table.add_row(buffers["kind"], str(buffers["count"]), _size(buffers["bytes"]))
+        table.add_row(buffers["kind"], str(buffers["count"]), size_text(buffers["bytes"]))
     rest = part["live_at_peak"][_SHOWN_BUFFERS:]
     if rest:
         count, size = sum(b["count"] for b in rest), sum(b["bytes"] for b in rest)
-        table.add_row(f"{len(rest)} more kinds", str(count), _size(size))
+        table.add_row(f"{len(rest)} more kinds", str(count), size_text(size))
     _print_table(console, table)
     resident = summary["resident_bytes"]
     seconds = sum(p["seconds"] for p in parts.values())
     _print(
         console,
-        f"  {_time(seconds)} and {_size(part['peak_bytes'] + resident)} in all, "
-        f"{_size(resident)} of it gradients and optimizer state outside the graph",
+        f"  {_time(seconds)} and {size_text(part['peak_bytes'] + resident)} in all, "
+        f"{size_text(resident)} of it gradients and optimizer state outside the graph",
     )
 
 
@@ -326,10 +327,3 @@ def _print(console: Console, text: str) -> None:
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 10 else f"{seconds:.1f} s"
-
-
-def _size(num_bytes: int) -> str:
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
-    return f"{num_bytes} B"

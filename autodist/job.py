@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +26,7 @@ from autodist.logs import configure, log
 from autodist.passes.analysis.hardware import Hardware, detect, hardware
 from autodist.plan import Plan
 from autodist.runtime import compat
-from autodist.runtime.agreement import Agreement
+from autodist.runtime.agreement import Agreement, DisagreementError, MissingRanksError
 from autodist.runtime.monitor import RankMonitor
 
 if TYPE_CHECKING:
@@ -127,17 +129,36 @@ class Job:
         if self.monitor is not None:
             self.monitor.at(doing)
 
-    def lead(self, subject: str, value: str) -> str:
-        """The first rank's ``value``, on every rank.
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Where this rank fails in the block, the others do not wait for it: they fail with its reason."""
+        try:
+            yield
+        except Exception as error:
+            heard = isinstance(error, (DisagreementError, MissingRanksError))
+            if self.agreement is not None and not heard and not compat.restarts_tracing(error):
+                self.agreement.fail(f"{type(error).__name__}: {error}")
+            raise
+
+    def lead(self, subject: str, make: Callable[[], str]) -> str:
+        """What ``make`` gives on the first rank, on every rank; on the others it is not called.
 
         A ``subject`` is settled once: a rank that compiles again, because its batch has another size, must
         decide as the others did, and must not wait for ranks that do not compile.
         """
         if self.agreement is None:
+            return make()
+        if subject not in self.led:
+            self.led[subject] = self.agreement.lead(subject, make() if self.is_first_rank else None)
+        return self.led[subject]
+
+    def largest(self, subject: str, value: int) -> int:
+        """The largest of the ranks' values, settled once, like :meth:`lead`'s."""
+        if self.agreement is None:
             return value
         if subject not in self.led:
-            self.led[subject] = self.agreement.lead(subject, value)
-        return self.led[subject]
+            self.led[subject] = str(self.agreement.largest(subject, value))
+        return int(self.led[subject])
 
 
 def num_ranks() -> int:

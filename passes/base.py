@@ -99,8 +99,9 @@ class Context:
     to its number of ranks. ``memory`` is the bound, in bytes, within which the program should stay, or
     None for "as little as the plan's stage needs". ``resident`` counts the bytes that live outside the
     graph while it runs (optimizer state, gradients). ``fused`` says that Inductor will fuse the graph
-    before it runs. ``agree(subject, value)`` is the first rank's value on every rank; a subject is settled
-    once, so it names everything the decision is about, and nothing that depends on the batch.
+    before it runs. ``agree(subject, make)`` is what ``make()`` gives on the first rank, on every rank, and
+    ``largest(subject, value)`` the largest of the ranks' values; a subject is settled once, so it names
+    everything the decision is about, and nothing that depends on the batch.
     """
 
     phase: Phase
@@ -110,11 +111,20 @@ class Context:
     memory: int | None = None
     resident: int = 0
     fused: bool = True
-    agree: Callable[[str, str], str] = lambda subject, value: value
+    agree: Callable[[str, Callable[[], str]], str] = lambda subject, make: make()
+    largest: Callable[[str, int], int] = lambda subject, value: value
     decisions: list[Decision] = field(default_factory=list)
 
     def decide(self, subject: str, action: str, reason: str) -> None:
         self.decisions.append(Decision(subject, action, reason))
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes for people: "1.5 MiB"."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
 
 
 class Pass(ABC):

@@ -13,6 +13,9 @@ bytes saved do not tell how much is alive while a long chain is computed again.
 When what torch's min-cut saves fits, that is taken: nothing is offloaded, nor recomputed beyond it, and room
 that is left goes to weights kept from forward to backward, those first that save the most gather time a byte.
 
+What is computed again decides which weights are gathered again, so the choice is made once: by the first
+rank, for the rank that holds the most.
+
 Where copies run beside the computation, as much is offloaded as can be copied while the forward runs; more,
 only when nothing else fits.
 """
@@ -29,12 +32,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from autodist.passes.analysis.budget import BudgetError, Choice, How, Value, evaluate, solve
-from autodist.passes.analysis.cost import collective_seconds, node_seconds
+from autodist.passes.analysis.cost import node_seconds
 from autodist.passes.analysis.fusion import is_view as shares_memory
 from autodist.passes.analysis.hardware import Hardware
 from autodist.passes.analysis.narrow import crossing
 from autodist.passes.analysis.savable import READS, Rules, Savable, backward_nodes, is_number, savable
-from autodist.passes.base import Context, PassError
+from autodist.passes.base import Context, PassError, size_text
 from autodist.passes.graph import (
     insert,
     is_copy,
@@ -47,8 +50,10 @@ from autodist.passes.graph import (
 )
 from autodist.runtime import compat, dialect, offload
 
+_ATTEMPTS = 3
 _TRIES = 8
 _SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
+_SHARES = (0.15, 0.35, 0.6, 0.85)  # of the way between two choices
 _DOUBT = 0.3  # of a guessed peak
 _CLOSE = 0.01  # of the budget: near enough to stop searching
 
@@ -87,13 +92,15 @@ class Budget:
 class Program:
     """A joint graph that torch's min-cut has prepared, and what it saves of it, by name.
 
-    ``lasting`` are positions of inputs that live longer than the program.
+    ``lasting`` are positions of inputs that live longer than the program. ``subject`` is what ranks that plan
+    the same program call it, and does not depend on sizes.
     """
 
     joint: GraphModule
     num_outputs: int
     lasting: Sequence[int]
     saved: frozenset[str]
+    subject: str
 
 
 def fit(program: Program, budget: Budget, context: Context, measure: Callable[[Parts], Peak]) -> Parts:
@@ -127,20 +134,49 @@ class _Fit:
             if n.name in program.saved and not is_number(n) and not isinstance(n.meta["val"], plain)
         ]  # fmt: skip
         self.seconds = sum(node_seconds(n, context.hardware) for n in forward)
+        self.room = budget.device
 
     def run(self) -> Parts:
-        as_is = self._as_min_cut()
-        peak = self._peak(as_is)
+        as_is = self._try_as_is()
+        subject, most = self.program.subject, self.context.largest
+        # Seen from the first rank, which chooses, the room is that of the rank with the least.
+        self.room -= most(f"what {subject} lacks", as_is.peak.num_bytes - self.budget.device) - (
+            as_is.peak.num_bytes - self.budget.device
+        )
+        for attempt in range(_ATTEMPTS):
+            label = f"memory plan {attempt} of {subject}"
+            choice = self._read(self.context.agree(label, lambda: self._write(self._choose(as_is))))
+            over = self._peak(choice).num_bytes - self.budget.device
+            worst = most(f"what {label} lacks", over)
+            if max(over, worst) <= 0 or self.budget.least:
+                self._tell(choice, as_is)
+                return self._parts(choice)
+            if over > worst:  # settled before, with smaller batches
+                break
+            self.room -= worst
+        raise MemoryBoundError(
+            f"the plan's memory bound is {size_text(self.context.memory or 0)}, and the plan that ranks made "
+            f"together lacks {size_text(max(over, worst))}. Raise 'memory', or begin with the largest batch."
+        )
+
+    def _choose(self, as_is: _Try) -> Choice:
         doubt = _DOUBT if self.budget.as_is else 0.0
-        if peak.num_bytes * (1 - doubt) <= self.budget.device:
-            return self._with_weights(as_is, peak)
-        fitting = self._search(_Try(as_is, peak))
-        self._tell(fitting, peak)
-        return self._parts(fitting.choice)
+        if as_is.peak.num_bytes * (1 - doubt) <= self.room:
+            return self._with_weights(as_is)
+        return self._search(as_is).choice
+
+    def _write(self, choice: Choice) -> str:
+        return json.dumps([choice.bound, [h.value for h in choice.how]])
+
+    def _read(self, text: str) -> Choice:
+        bound, how = json.loads(text)
+        if len(how) != len(self.found.nodes):
+            raise MemoryBoundError("ranks plan the memory of other programs under one name")
+        return replace(evaluate(self.found.values, [How(h) for h in how]), bound=bound)
 
     # --- what fits anyway -----------------------------------------------------------------------------
 
-    def _as_min_cut(self) -> Choice:
+    def _try_as_is(self) -> _Try:
         """What torch's min-cut chose; weights are gathered again, and what happens once is saved."""
         reads = {n for n in self.found.nodes if n.target in READS and not self.budget.keep_weights}
         of_weights = {n for n in self.found.nodes if source(n, _is_of_weight) in reads}
@@ -151,57 +187,51 @@ class _Fit:
         }  # fmt: skip
         kept |= {n for n in self.found.nodes if n.name in self.program.saved and n not in of_weights}
         how = [How.SAVE if n in kept else How.RECOMPUTE for n in self.found.nodes]
-        return evaluate(self.found.values, how)
+        choice = evaluate(self.found.values, how)
+        return _Try(choice, self._peak(choice))
 
-    def _with_weights(self, choice: Choice, peak: Peak) -> Parts:
-        """``choice``, with weights saved that there is room for. The first rank's choice holds for all."""
-        room = max(self.budget.device - peak.num_bytes, 0)
-        reads = {
-            i: parameter_of(source(n.args[0]), self.context.parameters)  # type: ignore[arg-type]
-            for i, n in enumerate(self.found.nodes)
-            if n.target is dialect.unshard and choice.how[i] is How.RECOMPUTE
-        }
-        wanted, left = [], room
-        for i in sorted(reads, key=self._seconds_per_byte, reverse=True):
-            size = num_bytes(self.found.nodes[i])
+    def _with_weights(self, as_is: _Try) -> Choice:
+        """What min-cut chose, with weights saved that there is room for."""
+        left, how = self.room - as_is.peak.num_bytes, list(as_is.choice.how)
+        for i in sorted(self._gathers(as_is.choice), key=self._seconds_per_byte, reverse=True):
+            size = self.found.values[i].num_bytes
             if size <= left:
                 left -= size
-                wanted.append(reads[i])
-        label = f"which weights of {', '.join(sorted(reads.values()))} stay whole"
-        chosen = set(json.loads(self.context.agree(label, json.dumps(sorted(wanted)))))
-        how = list(choice.how)
-        for i, name in reads.items():
-            if name in chosen:
                 how[i] = How.SAVE
-                reason = f"fits the {room / 2**20:.0f} MiB that the plan's memory bound leaves"
-                self.context.decide(name, "kept whole", reason)
-            else:
-                reason = f"does not fit in the {room / 2**20:.0f} MiB the bound leaves"
-                self.context.decide(name, "regathered in backward", reason)
-        return self._parts(evaluate(self.found.values, how))
+        return evaluate(self.found.values, how)
+
+    def _gathers(self, choice: Choice) -> list[int]:
+        """Weights that are gathered again."""
+        nodes = enumerate(self.found.nodes)
+        return [i for i, n in nodes if n.target is dialect.unshard and choice.how[i] is How.RECOMPUTE]
 
     def _seconds_per_byte(self, i: int) -> float:
-        node = self.found.nodes[i]
-        size, ranks = num_bytes(node), self.context.group_sizes[node.args[-1]]  # type: ignore[index]
-        return collective_seconds(size, ranks, self.context.hardware, "all_gather") / max(size, 1)
+        value = self.found.values[i]  # to recompute a weight is to gather it
+        return value.recompute / max(value.num_bytes, 1)
 
     # --- what does not ------------------------------------------------------------------------------------
 
     def _search(self, loose: _Try) -> _Try:
         """The choice of the fewest added seconds whose peak fits, over ways to cut the forward."""
         found: list[_Try] = []
-        least: list[_Try] = []
+        tries: list[_Try] = []
         for host in self._host_budgets():
+            ways = []
             for values in self._ways():
                 tight = self._least(values, host)
-                least.append(tight)
-                if tight.peak.num_bytes <= self.budget.device:
+                tries.append(tight)
+                ways.append((values, tight))
+                if tight.peak.num_bytes <= self.room:
                     found.append(self._within(values, host, tight, loose))
-                elif len(least) > 2 and all(t.peak.num_bytes < tight.peak.num_bytes for t in least[-3:-1]):
+                elif len(ways) > 2 and all(t.peak.num_bytes < tight.peak.num_bytes for _, t in ways[-3:-1]):
                     break  # ever more cuts cost ever more
+            for values, tight in () if found else ways:
+                tried = self._between(values, host, tight, loose)
+                tries += tried
+                found += [t for t in tried if t.peak.num_bytes <= self.room]
             if found:
                 return min(found, key=lambda t: t.choice.seconds)
-        best = min(least, key=lambda t: t.peak.num_bytes)
+        best = min(tries, key=lambda t: t.peak.num_bytes)
         if not self.budget.least:
             raise MemoryBoundError(self._cannot(best))
         return best
@@ -225,20 +255,25 @@ class _Fit:
                 before = kept
                 yield [replace(v, recompute=math.inf) if i in kept else v for i, v in enumerate(values)]
 
+    def _between(self, values: Sequence[Value], host: int, tight: _Try, loose: _Try) -> list[_Try]:
+        """Some choices that save more than the least: to compute much again at a time takes memory, too."""
+        low, high = tight.choice.device_bytes, loose.choice.device_bytes
+        return [self._try(values, int(low + share * (high - low)), host) for share in _SHARES if high > low]
+
     def _within(self, values: Sequence[Value], host: int, tight: _Try, loose: _Try) -> _Try:
         """Between saving the least and saving all that min-cut does, the most that fits."""
         low, high = tight.choice.device_bytes, max(loose.choice.device_bytes, tight.choice.device_bytes)
         over = loose
         for _ in range(_TRIES):
-            spare = self.budget.device - tight.peak.num_bytes
-            if spare <= _CLOSE * self.budget.device or high - low <= _CLOSE * max(high, 1):
+            spare = self.room - tight.peak.num_bytes
+            if spare <= _CLOSE * self.room or high - low <= _CLOSE * max(high, 1):
                 break
             slope = (over.peak.num_bytes - tight.peak.num_bytes) / max(high - low, 1)
             step = spare / slope if slope > 0 else (high - low) / 2
             # A straight line is a guess: keep away from both ends, so that the interval shrinks.
             aim = int(min(max(low + step, low + 0.1 * (high - low)), high - 0.1 * (high - low)))
             tried = self._try(values, aim, host)
-            if tried.peak.num_bytes <= self.budget.device:
+            if tried.peak.num_bytes <= self.room:
                 better = tried.choice.seconds <= tight.choice.seconds
                 low, tight = aim, tried if better else tight
             else:
@@ -248,10 +283,9 @@ class _Fit:
     def _least(self, values: Sequence[Value], host: int) -> _Try:
         """The choice that saves the fewest bytes."""
         try:
-            choice = solve(values, 0, host)
+            return self._try(values, 0, host)
         except BudgetError as error:
-            choice = solve(values, error.least, host)
-        return _Try(choice, self._peak(choice))
+            return self._try(values, error.least, host)
 
     def _try(self, values: Sequence[Value], num_bytes: int, host: int) -> _Try:
         choice = solve(values, num_bytes, host)
@@ -262,39 +296,49 @@ class _Fit:
 
     def _cannot(self, least: _Try) -> str:
         context = self.context
-        top = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in least.peak.top[:5])
-        total = (least.peak.num_bytes + context.resident) / 2**20
-        asked = (context.memory or 0) / 2**20
+        top = ", ".join(f"{name} ({size_text(size)})" for name, size in least.peak.top[:5])
+        asked, peak, outside = context.memory or 0, least.peak.num_bytes, context.resident
+        peak += self.budget.device - self.room
         return (
-            f"the plan's memory bound is {asked:.1f} MiB, and the least that this program can do with is "
-            f"{total:.1f} MiB: {context.resident / 2**20:.1f} MiB of gradients and optimizer state, and "
-            f"{least.peak.num_bytes / 2**20:.1f} MiB at the peak, of which the largest are {top}. Raise "
-            "'memory', shard over more ranks, split sequences ('sp'), or make the batch smaller."
+            f"the plan's memory bound is {size_text(asked)}, and the least that this program can do with is "
+            f"{size_text(peak + outside)}: {size_text(outside)} of gradients and optimizer state, and "
+            f"{size_text(peak)} at the peak, of which the largest are {top}. Raise 'memory', shard over more "
+            "ranks, split sequences ('sp'), or make the batch smaller."
         )
 
-    def _tell(self, found: _Try, without: Peak) -> None:
-        context, choice = self.context, found.choice
-        context.decide(
+    def _tell(self, choice: Choice, as_is: _Try) -> None:
+        bound, values = size_text(self.context.memory or 0), self.found.values
+        for i in self._gathers(as_is.choice):
+            name = parameter_of(source(self.found.nodes[i].args[0]), self.context.parameters)  # type: ignore[arg-type]
+            if choice.how[i] is How.SAVE:
+                self.context.decide(name, "kept whole", f"there is room for it within {bound}")
+            else:
+                self.context.decide(name, "regathered in backward", f"{bound} leave no room to keep it")
+        again = [i for i, h in enumerate(choice.how) if h is How.RECOMPUTE and self._was_saved(i)]
+        moved = [i for i, h in enumerate(choice.how) if h is How.OFFLOAD]
+        if not again and not moved:
+            return
+        self.context.decide(
             "memory",
             "planned",
-            f"peak {found.peak.num_bytes / 2**20:.1f} MiB for {without.num_bytes / 2**20:.1f} MiB unplanned; "
-            f"{choice.device_bytes / 2**20:.1f} MiB saved, {choice.host_bytes / 2**20:.1f} MiB offloaded, "
-            f"about {choice.seconds * 1e3:.2f} ms added, within {choice.gap:.1%} of the best",
+            f"{size_text(as_is.peak.num_bytes)} unplanned; {size_text(choice.device_bytes)} are saved, "
+            f"{size_text(choice.host_bytes)} offloaded, about {choice.seconds * 1e3:.2f} ms added, "
+            f"within {choice.gap:.1%} of the best",
         )
-        size = f"{self.budget.device / 2**20:.1f} MiB"
-        for node, value, how in zip(self.found.nodes, self.found.values, choice.how, strict=True):
-            if how is How.OFFLOAD:
-                costs = f"{value.offload * 1e3:.3f} ms of copies"
-                context.decide(node.name, "offloaded", f"{_mib(value.num_bytes)}; {costs}, to stay in {size}")
-            elif how is How.RECOMPUTE and node.name in self.program.saved:
-                costs = f"{value.recompute * 1e3:.3f} ms again"
-                again = f"{_mib(value.num_bytes)}; {costs}, to stay in {size}"
-                context.decide(node.name, "recomputed", again)
+        for i in moved:
+            costs = f"{size_text(values[i].num_bytes)}; {values[i].offload * 1e3:.3f} ms of copies"
+            self.context.decide(values[i].name, "offloaded", f"{costs}, to stay in {bound}")
+        for i in again:
+            costs = f"{size_text(values[i].num_bytes)}; {values[i].recompute * 1e3:.3f} ms again"
+            self.context.decide(values[i].name, "recomputed", f"{costs}, to stay in {bound}")
+
+    def _was_saved(self, i: int) -> bool:
+        return self.found.nodes[i].name in self.program.saved
 
     # --- parts ------------------------------------------------------------------------------------------
 
     def _parts(self, choice: Choice) -> Parts:
-        kept = {n: h for n, h in zip(self.found.nodes, choice.how, strict=True)}
+        kept = dict(zip(self.found.nodes, choice.how, strict=True))
         saved = [n for n, h in kept.items() if h in (How.SAVE, How.OFFLOAD) and n.op == "call_function"]
         program = self.program
         parts = compat.extract_parts(
@@ -304,10 +348,6 @@ class _Fit:
         if moved:
             _offload(parts, moved, program.num_outputs, self.budget.host, self.context.hardware)
         return parts
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.2f} MiB"
 
 
 def _is_of_weight(node: Node) -> bool:

@@ -141,7 +141,7 @@ class Overlap(Pass):
         for i in range(1, len(chosen)):
             chosen[i] = min(chosen[i], chosen[i - 1] + 1)
         label = f"when {len(sizes)} gathers of {sum(sizes)} bytes start in the {context.phase.value}"
-        return list(json.loads(context.agree(label, json.dumps(chosen))))
+        return list(json.loads(context.agree(label, lambda: json.dumps(chosen))))
 
 
 def _fitting(sizes: Sequence[int], last: int, wanted: int, bound: int) -> int:

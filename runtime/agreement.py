@@ -16,7 +16,8 @@ Invariants:
 - a round has one verdict, written once (compare-and-set), and every rank obeys it. A rank that
   waited in vain proposes the verdict "missing", so a rank that arrives later ends in the same
   error;
-- ranks that fail in a round fail with the same sentence;
+- ranks that fail in a round fail with the same sentence; a rank that fails between rounds says so in the
+  next one, so that nobody waits for it;
 - a round's keys are deleted when the next one shows that every rank has read them.
 
 :func:`graph_lines` and :func:`collective_lines` write the texts of graphs in a form that does not
@@ -44,6 +45,9 @@ from autodist.runtime import compat
 # Seconds to wait for a rank that is known to be alive: it has posted to this round already.
 _GRACE = 10.0
 
+_FAILED = "failed"  # posted for digests by a rank that will not come
+_NUMBER = "number"  # posted beside digests, where ranks look for the largest
+
 _REMEDY = "Give every rank the same program, model, plan and library versions, then start again."
 
 
@@ -52,7 +56,7 @@ class DisagreementError(RuntimeError):
 
 
 class MissingRanksError(RuntimeError):
-    """Ranks did not come to a round in time."""
+    """Ranks did not come to a round in time, or failed before it."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +113,41 @@ class Agreement:
             raise ValueError(f"Rank {self._rank} leads {subject} and must have a value for it.")
         return self._agree(subject, {}, value or "", {})
 
+    def largest(self, subject: str, value: int) -> int:
+        """The largest of the ranks' ``value``. Raises as :meth:`require` does."""
+        if len(self._ranks) == 1:
+            return value
+        return int(self._agree(subject, {}, "", {}, value))
+
+    def fail(self, reason: str) -> None:
+        """Ranks that come to the next round, or wait there, fail with this rank's ``reason``.
+
+        Does not wait for them. A rank that goes on nevertheless goes on with the round after it.
+        """
+        if len(self._ranks) == 1:
+            return
+        self._round += 1
+        text = f"{ranks_text([self._rank]).capitalize()} failed: {reason}"
+        self._store.set(self._key("read", self._rank), "")
+        self._store.set(self._key("digest", self._rank), json.dumps({_FAILED: text}))
+        if self._rank == self._leader:
+            verdict = json.dumps(asdict(_Verdict("missing", text)))
+            self._store.compare_set(self._key("verdict"), "", verdict)
+
     def _agree(
-        self, subject: str, fingerprint: Mapping[str, str], value: str, conditions: Mapping[str, str]
+        self,
+        subject: str,
+        fingerprint: Mapping[str, str],
+        value: str,
+        conditions: Mapping[str, str],
+        number: int | None = None,
     ) -> str:
         if len(self._ranks) == 1:
             return value
         self._round += 1
         sections = {"subject": subject, **fingerprint}
         try:
-            verdict = self._settle(subject, sections, value, conditions)
+            verdict = self._settle(subject, sections, value, conditions, number)
             if verdict.kind == "agreed":
                 self._forget()
                 return verdict.text
@@ -132,13 +162,20 @@ class Agreement:
         raise (DisagreementError if differs else MissingRanksError)(sentence)
 
     def _settle(
-        self, subject: str, sections: Mapping[str, str], value: str, conditions: Mapping[str, str]
+        self,
+        subject: str,
+        sections: Mapping[str, str],
+        value: str,
+        conditions: Mapping[str, str],
+        number: int | None,
     ) -> _Verdict:
         """Post this rank's digests, each with its condition's, and return the round's verdict."""
-        digests = json.dumps(
-            {n: [_digest(conditions.get(n, "")), _digest(text)] for n, text in sections.items()}
-        )
-        self._store.set(self._key("digest", self._rank), digests)
+        digests: dict[str, Any] = {
+            n: [_digest(conditions.get(n, "")), _digest(text)] for n, text in sections.items()
+        }
+        if number is not None:
+            digests[_NUMBER] = number
+        self._store.set(self._key("digest", self._rank), json.dumps(digests))
         if self._rank != self._leader and self._wait([self._key("verdict")], self._timeout):
             return _Verdict(**json.loads(self._store.get(self._key("verdict"))))
         if self._rank == self._leader and self._wait(self._keys("digest"), self._timeout):
@@ -150,6 +187,10 @@ class Agreement:
 
     def _judge(self, subject: str, value: str) -> _Verdict:
         posted = [json.loads(digests) for digests in self._store.multi_get(self._keys("digest"))]
+        failed = [digests[_FAILED] for digests in posted if _FAILED in digests]
+        if failed:
+            return _Verdict("missing", failed[0])
+        numbers = [digests.pop(_NUMBER) for digests in posted if _NUMBER in digests]
         names = list(dict.fromkeys(name for digests in posted for name in digests))
         differing = {
             rank: found
@@ -157,7 +198,7 @@ class Agreement:
             if (found := [n for n in names if _differ(digests.get(n), posted[0].get(n))])
         }
         if not differing:
-            return _Verdict("agreed", value)
+            return _Verdict("agreed", str(max(numbers)) if numbers else value)
         sections = [name for name in names if any(name in found for found in differing.values())]
         verb = "differs" if len(differing) == 1 else "differ"
         text = (

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -670,6 +670,11 @@ def retrace() -> None:
     """
     InstructionTranslator.current_tx().output.root_tx.speculation_log.clear()
     raise TensorifyScalarRestartAnalysis
+
+
+def restarts_tracing(error: BaseException) -> bool:
+    """Whether ``error`` is how Dynamo starts a trace again, and no failure."""
+    return isinstance(error, RestartAnalysis)
 
 
 def placeholder_index(node: torch.fx.Node) -> int | None:

@@ -146,6 +146,30 @@ def test_missing_ranks_are_named_on_every_rank_and_later_to_themselves(missing: 
     assert "raise the timeout" in sentence
 
 
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_rank_that_fails_between_rounds_is_not_waited_for(failing: int) -> None:
+    def act(agreement: Agreement, rank: int) -> None:
+        if rank == failing:
+            agreement.fail("MemoryBoundError: too large")
+        else:
+            agreement.require("graph 1", PROGRAM)
+
+    start = time.monotonic()
+    outcomes = together(dist.HashStore(), [0, 1, 2], act, timeout=30)
+    assert time.monotonic() - start < 5
+    for rank in {0, 1, 2} - {failing}:
+        assert isinstance(outcomes[rank], MissingRanksError)
+        assert str(outcomes[rank]) == f"Rank {failing} failed: MemoryBoundError: too large"
+
+
+def test_ranks_that_all_failed_meet_again() -> None:
+    def act(agreement: Agreement, rank: int) -> None:
+        agreement.fail("too large")
+        agreement.require("graph 1", PROGRAM)
+
+    assert not any(together(dist.HashStore(), [0, 1], act).values())
+
+
 class Slow(Agreement):
     """Takes its time to read why it fails."""
 

@@ -364,7 +364,11 @@ class Recorder:
         self.root = compat.dynamo_frame_locals().get("self")
         self.trained = {i for i, x in enumerate(inputs) if x.requires_grad}
         if self.calls == 1 and self.restart:
-            compat.retrace()
+            try:
+                compat.retrace()
+            except Exception as error:
+                assert compat.restarts_tracing(error) and not compat.restarts_tracing(RuntimeError())
+                raise
 
         def partition(joint: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
             holders = joint.graph.find_nodes(op="placeholder")
