@@ -65,6 +65,7 @@ from autodist.passes.regions import (
     write_back,
 )
 from autodist.passes.sequence_parallel import POLICIES, RETURNED, SHARDED_OUTPUTS, SequenceParallel, Unmark
+from autodist.passes.tile import Tile
 from autodist.passes.writes import RefuseWeightWrites
 from autodist.passes.zero import MergeReads, NarrowGathers
 from autodist.plan import Plan
@@ -74,6 +75,7 @@ from autodist.runtime.outputs import Kept, SameBatch, returned
 from autodist.runtime.parameters import GatheredWeight, check_same, parameter_name, plain_tensor
 from autodist.step_capture import Captured
 
+_TILES = (1, 4, 16, 64)  # that token-local regions are made in, where memory is short
 _PLANS = 5  # of memory, until Inductor's program keeps to one
 # Inductor moves nodes to shorten lifetimes and to bring producers to consumers; both undo a schedule.
 KEEP_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
@@ -84,11 +86,12 @@ def default_passes(
     device_type: str,
     sequence_group: str | None = None,
     policies: Mapping[int, Any] | None = None,
+    tiles: int = 1,
 ) -> list[Pass]:
     """The passes of ``plan``, in order. Those for other phases than the graph's are skipped.
 
     ``sequence_group`` is the group of ranks that share sequences; ``policies`` are those of the checkpoints
-    whose bodies have been inlined.
+    whose bodies have been inlined. Of ``tiles`` there may be more than one, where memory is short.
     """
     passes: list[Pass] = [RefuseWeightWrites()]
     if plan.precision == "bf16":
@@ -96,6 +99,8 @@ def default_passes(
     if sequence_group is not None:
         assert plan.dp is not None
         passes.append(SequenceParallel(plan.sp, sequence_group, plan.dp, plan.outputs, plan.strict))
+    if tiles > 1:
+        passes.append(Tile(tiles))
     passes += [
         AskPolicies(policies or {}),
         Unmark(),
@@ -137,6 +142,29 @@ class GraphReport:
         saved = self.saved_bytes.get(part, {})
         return wrapper_peak(self.programs[part], saved, staged=self.staged).peak
 
+    def clear(self) -> None:
+        """Forget a plan, for the next one."""
+        for found in (self.records, self.timelines, self.parts, self.programs, self.saved_bytes):
+            found.clear()  # type: ignore[attr-defined]
+
+    def kept(self) -> GraphReport:
+        """A copy that later plans do not change."""
+        return dataclasses.replace(
+            self,
+            records=list(self.records),
+            timelines=dict(self.timelines),
+            parts=dict(self.parts),
+            programs=dict(self.programs),
+            saved_bytes=dict(self.saved_bytes),
+        )
+
+    def restore(self, other: GraphReport) -> None:
+        self.__dict__.update(vars(other.kept()))
+
+    def has_decided(self, made_by: type[Pass]) -> bool:
+        """Whether a pass of this kind did anything."""
+        return any(r.name == made_by.name and r.decisions for r in self.records)
+
     @property
     def seconds(self) -> float:
         """Time spent in passes."""
@@ -152,6 +180,7 @@ class Compilation:
     not those of the region at hand; ``kept`` are outputs of a training step that stay in pieces, ``updates``
     says what it does to parameters, and ``lasts`` is False for one that runs only once; ``aim`` is what the
     peak of the next plan is to be, once one has missed, and ``tries`` counts those that did.
+    ``tiles`` are those that token-local regions are made in; the plan's choices cost ``added`` seconds.
     """
 
     job: Job
@@ -166,6 +195,8 @@ class Compilation:
     kept: dict[int, Kept] = field(default_factory=dict)
     aim: int | None = None
     tries: int = 0
+    tiles: int = 1
+    added: float = 0.0
     beside: int = 0
 
     def context(self, phase: Phase) -> Context:
@@ -239,7 +270,9 @@ class Compilation:
             as_is=fused and self.aim is None,
             least=fused,
         )
-        return fit(program, budget, context, self._peak)
+        parts, seconds = fit(program, budget, context, self._peak)
+        self.added += seconds
+        return parts
 
     def _planned(self, graph: GraphModule) -> str:
         """What ranks call a graph whose memory they plan: the same for other sizes of a batch."""
@@ -263,27 +296,62 @@ class Compilation:
     def _passes(self) -> list[Pass]:
         sequence = self.job.sequence
         group = None if sequence is None else compat.mesh_group_name(sequence)
-        return default_passes(self.job.plan, self.job.device.type, group, self.policies)
+        return default_passes(self.job.plan, self.job.device.type, group, self.policies, self.tiles)
 
     def within_memory(
         self, graph: GraphModule, compiled: Callable[[GraphModule], Callable[..., Any]], held: int
     ) -> Callable[..., Any]:
+        """``compiled(graph)``, within the plan's memory.
+
+        ``held`` counts the bytes of the graph's inputs. First without tiles; where that does not fit, or
+        costs time, with ever more of them, as long as the predicted time gets less. Raises
+        :class:`~autodist.passes.memory.MemoryBoundError` with the least of what would do.
+        """
+        if self.job.plan.memory_bytes is None:
+            return compiled(graph)
+        best: tuple[float, Callable[..., Any], GraphReport] | None = None
+        refusals: list[MemoryBoundError] = []
+        for self.tiles in _TILES:
+            self.report.clear()
+            try:
+                made = self._with_tiles(graph, compiled, held)
+            except MemoryBoundError as error:
+                refusals.append(error)
+            else:
+                seconds = sum(t.seconds for t in self.report.timelines.values())
+                if best is not None and not self._is_faster(graph, seconds < 0.99 * best[0]):
+                    break
+                best = seconds, made, self.report.kept()
+                if not self.added:
+                    break
+            if self.tiles > 1 and not self.report.has_decided(Tile):
+                break  # nothing is as large as that
+        if best is None:
+            raise min(refusals, key=lambda e: e.least)
+        self.report.restore(best[2])
+        return best[1]
+
+    def _is_faster(self, graph: GraphModule, answer: bool) -> bool:
+        """The first rank's answer."""
+        subject = f"whether {self.tiles} tiles are faster for {self._planned(graph)}"
+        return self.job.lead(subject, lambda: "yes" if answer else "no") == "yes"
+
+    def _with_tiles(
+        self, graph: GraphModule, compiled: Callable[[GraphModule], Callable[..., Any]], held: int
+    ) -> Callable[..., Any]:
         """``compiled(graph)``, planned again while the program that Inductor emits exceeds the plan's memory.
 
-        ``held`` counts the bytes of the graph's inputs. The plan is made before Inductor fuses, and is a
-        guess of what that does. The program is read; where it holds too much, the next plan is corrected by
-        how far the guess was off. The largest excess of all ranks holds for all.
-
-        Raises :class:`~autodist.passes.memory.MemoryBoundError` when that does not end.
+        The plan is made before Inductor fuses, and is a guess of what that does. The program is read; where
+        it holds too much, the next plan is corrected by how far the guess was off. The largest excess of all
+        ranks holds for all.
         """
         memory = self.job.plan.memory_bytes
-        if memory is None:
-            return compiled(graph)
-        before, room, earlier = len(self.report.records), memory - self.resident, set()
+        assert memory is not None
+        room, earlier, self.aim = memory - self.resident, set(), None
         for attempt in range(_PLANS):
-            self.tries = attempt
-            del self.report.records[before:]
-            self.report.programs.clear()
+            self.tries += 1
+            self.added = 0.0
+            self.report.clear()
             made = compiled(copy.deepcopy(graph))
             emitted = [self.report.emitted_peak(part) for part in self.report.programs]
             held_at_peak = max(emitted) + held if emitted else 0
@@ -309,7 +377,8 @@ class Compilation:
             f"{size_text(held)} of parameters and batch, {size_text(self.resident)} of gradients "
             f"and optimizer state beside it, and {size_text(held_at_peak - held)} that it makes. "
             "Raise 'memory', shard over more ranks, split sequences ('sp'), or make the batch smaller."
-            + (" The plan was made with smaller batches: begin with the largest." if alone else "")
+            + (" The plan was made with smaller batches: begin with the largest." if alone else ""),
+            held_at_peak + self.resident,
         )
 
     def whole(self, graph: GraphModule) -> GraphModule:
@@ -454,13 +523,19 @@ def compile_graph(
     )
     job.at(f"compiling graph {report.number}")
     lower = _inductor if job.plan.lowering == "inductor" and not job.dry_run else _eager
+    kept: dict[int, Kept] = {}
+
+    def compiled_program(program: GraphModule) -> Callable[..., Any]:
+        program = run.transform(program, Phase.CAPTURED)
+        kept.update(program.meta.get(SHARDED_OUTPUTS, {}))
+        run.policies = program.meta.get(POLICIES, {})
+        return lower(program, inputs, run, mode)
+
     # Under a memory bound both programs are read before either runs.
     bound = job.plan.memory is not None
     patch = compat.functorch_patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=bound)
     with job.failing_together(), patch:
-        graph = run.transform(graph, Phase.CAPTURED)
-        kept, run.policies = graph.meta.get(SHARDED_OUTPUTS, {}), graph.meta.get(POLICIES, {})
-        compiled = run.within_memory(graph, lambda program: lower(program, inputs, run, mode), _bytes(inputs))
+        compiled = run.within_memory(graph, compiled_program, _bytes(inputs))
     if job.is_first_rank:
         _summarise(report)
     return _at_the_border(compiled, inputs, job, kept)

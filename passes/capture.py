@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,17 @@ class Core:
     fakes: tuple[Any, ...]
     outputs: int
     policies: Mapping[int, Any]
+
+    def parameters(self, positions: Container[int]) -> frozenset[str]:
+        """Names of the placeholders that are weights, or the captured program's parameters.
+
+        ``positions`` are those of its inputs that are parameters without saying so.
+        """
+        given = self.inputs[0].graph.find_nodes(op="placeholder") if self.inputs else []
+        at = {n: i for i, n in enumerate(given)}
+        mine = zip(self.inputs, self.graph.graph.find_nodes(op="placeholder"), self.fakes, strict=True)
+        known = (p.name for n, p, x in mine if at.get(n) in positions or isinstance(x, torch.nn.Parameter))
+        return self.weights.union(known)
 
     def trace(self, function: Callable[..., Any]) -> GraphModule:
         """Trace ``function``, called with the core's inputs, to ATen before autograd."""
@@ -97,8 +108,9 @@ def core_of(captured: GraphModule) -> Core:
     )
 
 
-def rebuilt(captured: GraphModule, core: Core, new: GraphModule, divisor: int) -> GraphModule:
-    """The captured program with ``new`` for its core; weights' gradients are divided by ``divisor``."""
+def rebuilt(captured: GraphModule, core: Core, new: GraphModule, divisor: int | None = None) -> GraphModule:
+    """The captured program with ``new`` for its core; weights' gradients are divided by ``divisor``, or as
+    before."""
     graph, env = Graph(), {}
     own = {n.name: n for n in captured.graph.find_nodes(op="placeholder")}
     for name, node in own.items():
@@ -112,7 +124,9 @@ def rebuilt(captured: GraphModule, core: Core, new: GraphModule, divisor: int) -
             continue
         shard = env[node.args[0].name]  # type: ignore[union-attr]
         place = _READS[node.target]
-        rest = (*node.args[1:place], divisor, *node.args[place + 1 :])
+        rest = node.args[1:]
+        if divisor is not None:
+            rest = (*node.args[1:place], divisor, *node.args[place + 1 :])
         read = graph.call_function(node.target, (shard, *rest))  # type: ignore[arg-type]
         read.meta = dict(node.meta)
         mine.append(read)

@@ -5,8 +5,11 @@ made by :mod:`autodist.passes.analysis.budget`, and the parts are extracted with
 between them.
 
 The budget is on the *peak* of a part, which is more than what is saved. So the bytes that may be saved are
-searched for: each try is a choice, extracted and scheduled, and its peak is read off the schedule. Between a
-try that fits and one that does not, the next is where a straight line through their peaks meets the budget.
+searched for: each try is a choice, replayed on the joint graph (:mod:`autodist.passes.analysis.replay`).
+Between a try that fits and one that does not, the next is where a straight line through their peaks meets the
+budget.
+The choice found is extracted and scheduled, and its peak read off the schedule; where the replay was off by
+some bytes, the search is made again with that correction.
 The search is made over several ways to cut the forward (:mod:`autodist.passes.analysis.narrow`), because
 bytes saved do not tell how much is alive while a long chain is computed again.
 
@@ -25,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,6 +40,7 @@ from autodist.passes.analysis.cost import node_seconds
 from autodist.passes.analysis.fusion import is_view as shares_memory
 from autodist.passes.analysis.hardware import Hardware
 from autodist.passes.analysis.narrow import crossing
+from autodist.passes.analysis.replay import Replay
 from autodist.passes.analysis.savable import READS, Rules, Savable, backward_nodes, is_number, savable
 from autodist.passes.base import Context, PassError, size_text
 from autodist.passes.graph import (
@@ -51,6 +56,8 @@ from autodist.passes.graph import (
 from autodist.runtime import compat, dialect, offload
 
 _ATTEMPTS = 3
+_CORRECTIONS = 6
+_NEAR = 0.02  # of the room: as close as it is worth to come
 _TRIES = 8
 _SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
 _SHARES = (0.15, 0.35, 0.6, 0.85)  # of the way between two choices
@@ -61,7 +68,11 @@ Parts = tuple[GraphModule, GraphModule]
 
 
 class MemoryBoundError(PassError):
-    """A memory bound that no choice keeps."""
+    """A memory bound that no choice keeps. ``least`` bytes are the least that would do."""
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,8 @@ class Budget:
 
     ``keep_weights``: gathered weights are saved, whatever they cost (ZeRO-1 and ZeRO-2). Where kernels are
     still to be fused peaks are guesses, and somebody will read the program: then ``as_is`` gives what torch's
-    min-cut saves the benefit of the doubt, and ``least`` the tightest choice, even where they seem too large.
+    min-cut saves the benefit of the doubt, and ``least`` the tightest choice, where they seem a little too
+    large.
     """
 
     device: int
@@ -103,8 +115,10 @@ class Program:
     subject: str
 
 
-def fit(program: Program, budget: Budget, context: Context, measure: Callable[[Parts], Peak]) -> Parts:
-    """The two parts of ``program``, within ``budget`` by the fewest added seconds.
+def fit(
+    program: Program, budget: Budget, context: Context, measure: Callable[[Parts], Peak]
+) -> tuple[Parts, float]:
+    """The two parts of ``program``, within ``budget`` by the fewest added seconds; and how many these are.
 
     ``measure`` schedules two parts, which it may change, and says what they hold at the peak. Raises
     :class:`MemoryBoundError`, which says the least that would do and what dominates there.
@@ -114,8 +128,10 @@ def fit(program: Program, budget: Budget, context: Context, measure: Callable[[P
 
 @dataclass(frozen=True)
 class _Try:
+    """``peak`` is the replay's, with its correction."""
+
     choice: Choice
-    peak: Peak
+    peak: int
 
 
 class _Fit:
@@ -135,43 +151,53 @@ class _Fit:
         ]  # fmt: skip
         self.seconds = sum(node_seconds(n, context.hardware) for n in forward)
         self.room = budget.device
+        nodes, fused = self.found.nodes, context.fused
+        self.replay = Replay(program.joint, program.num_outputs, nodes, backward, fused)
+        self.correction = 0
 
-    def run(self) -> Parts:
+    def run(self) -> tuple[Parts, float]:
         as_is = self._try_as_is()
         subject, most = self.program.subject, self.context.largest
         # Seen from the first rank, which chooses, the room is that of the rank with the least.
-        self.room -= most(f"what {subject} lacks", as_is.peak.num_bytes - self.budget.device) - (
-            as_is.peak.num_bytes - self.budget.device
+        self.room -= most(f"what {subject} lacks", as_is.peak - self.budget.device) - (
+            as_is.peak - self.budget.device
         )
         for attempt in range(_ATTEMPTS):
             label = f"memory plan {attempt} of {subject}"
-            choice = self._read(self.context.agree(label, lambda: self._write(self._choose(as_is))))
-            over = self._peak(choice).num_bytes - self.budget.device
+            choice = self._read(self.context.agree(label, lambda: self._written_choice(as_is)))
+            over = self._measured(choice).num_bytes - self.budget.device
             worst = most(f"what {label} lacks", over)
             if max(over, worst) <= 0 or self.budget.least:
                 self._tell(choice, as_is)
-                return self._parts(choice)
+                return self._parts(choice), max(choice.seconds - as_is.choice.seconds, 0.0)
             if over > worst:  # settled before, with smaller batches
                 break
             self.room -= worst
+        bound, lacks = self.context.memory or 0, max(over, worst)
         raise MemoryBoundError(
-            f"the plan's memory bound is {size_text(self.context.memory or 0)}, and the plan that ranks made "
-            f"together lacks {size_text(max(over, worst))}. Raise 'memory', or begin with the largest batch."
+            f"the plan's memory bound is {size_text(bound)}, and the plan that ranks made together lacks "
+            f"{size_text(lacks)}. Raise 'memory', or begin with the largest batch.",
+            bound + lacks,
         )
 
     def _choose(self, as_is: _Try) -> Choice:
         doubt = _DOUBT if self.budget.as_is else 0.0
-        if as_is.peak.num_bytes * (1 - doubt) <= self.room:
+        if as_is.peak * (1 - doubt) <= self.room:
             return self._with_weights(as_is)
         return self._search(as_is).choice
 
-    def _write(self, choice: Choice) -> str:
+    def _written_choice(self, as_is: _Try) -> str:
+        """The choice, or why there is none, for all ranks."""
+        try:
+            choice = self._choose(as_is)
+        except MemoryBoundError as error:
+            return json.dumps([str(error), error.least])
         return json.dumps([choice.bound, [h.value for h in choice.how]])
 
     def _read(self, text: str) -> Choice:
         bound, how = json.loads(text)
-        if len(how) != len(self.found.nodes):
-            raise MemoryBoundError("ranks plan the memory of other programs under one name")
+        if isinstance(bound, str):
+            raise MemoryBoundError(bound, how)
         return replace(evaluate(self.found.values, [How(h) for h in how]), bound=bound)
 
     # --- what fits anyway -----------------------------------------------------------------------------
@@ -188,11 +214,13 @@ class _Fit:
         kept |= {n for n in self.found.nodes if n.name in self.program.saved and n not in of_weights}
         how = [How.SAVE if n in kept else How.RECOMPUTE for n in self.found.nodes]
         choice = evaluate(self.found.values, how)
-        return _Try(choice, self._peak(choice))
+        measured = self._measured(choice).num_bytes
+        self.correction = measured - self.replay.peak(choice.how)
+        return _Try(choice, measured)
 
     def _with_weights(self, as_is: _Try) -> Choice:
         """What min-cut chose, with weights saved that there is room for."""
-        left, how = self.room - as_is.peak.num_bytes, list(as_is.choice.how)
+        left, how = self.room - as_is.peak, list(as_is.choice.how)
         for i in sorted(self._gathers(as_is.choice), key=self._seconds_per_byte, reverse=True):
             size = self.found.values[i].num_bytes
             if size <= left:
@@ -212,7 +240,32 @@ class _Fit:
     # --- what does not ------------------------------------------------------------------------------------
 
     def _search(self, loose: _Try) -> _Try:
-        """The choice of the fewest added seconds whose peak fits, over ways to cut the forward."""
+        """The choice of the fewest added seconds whose measured peak fits."""
+        measured: dict[Choice, Peak] = {}
+        for _ in range(_CORRECTIONS):
+            tried, fits = self._guess(loose)
+            if tried.choice in measured:
+                break
+            peak = measured[tried.choice] = self._measured(tried.choice)
+            spare = self.room - peak.num_bytes
+            if fits and 0 <= spare <= _NEAR * self.room:
+                break
+            self.correction += peak.num_bytes - tried.peak
+        fitting = [c for c, p in measured.items() if p.num_bytes <= self.room]
+        if fitting:
+            choice = min(fitting, key=operator.attrgetter("seconds"))
+            return _Try(choice, measured[choice].num_bytes)
+        least = min(measured, key=lambda c: measured[c].num_bytes)
+        doubt = _DOUBT if self.budget.least else 0.0
+        if measured[least].num_bytes * (1 - doubt) > self.room:
+            raise self._refusal(measured[least])
+        return _Try(least, measured[least].num_bytes)
+
+    def _guess(self, loose: _Try) -> tuple[_Try, bool]:
+        """The choice of the fewest added seconds that fits by the replay, over ways to cut the forward.
+
+        Where none does, the one that needs least, and False.
+        """
         found: list[_Try] = []
         tries: list[_Try] = []
         for host in self._host_budgets():
@@ -221,20 +274,17 @@ class _Fit:
                 tight = self._least(values, host)
                 tries.append(tight)
                 ways.append((values, tight))
-                if tight.peak.num_bytes <= self.room:
+                if tight.peak <= self.room:
                     found.append(self._within(values, host, tight, loose))
-                elif len(ways) > 2 and all(t.peak.num_bytes < tight.peak.num_bytes for _, t in ways[-3:-1]):
+                elif len(ways) > 2 and all(t.peak < tight.peak for _, t in ways[-3:-1]):
                     break  # ever more cuts cost ever more
             for values, tight in () if found else ways:
                 tried = self._between(values, host, tight, loose)
                 tries += tried
-                found += [t for t in tried if t.peak.num_bytes <= self.room]
+                found += [t for t in tried if t.peak <= self.room]
             if found:
-                return min(found, key=lambda t: t.choice.seconds)
-        best = min(tries, key=lambda t: t.peak.num_bytes)
-        if not self.budget.least:
-            raise MemoryBoundError(self._cannot(best))
-        return best
+                return min(found, key=lambda t: t.choice.seconds), True
+        return min(tries, key=lambda t: t.peak), False
 
     def _host_budgets(self) -> list[int]:
         """Bytes to offload at the most: first what hides behind the forward, then all that is allowed."""
@@ -265,15 +315,15 @@ class _Fit:
         low, high = tight.choice.device_bytes, max(loose.choice.device_bytes, tight.choice.device_bytes)
         over = loose
         for _ in range(_TRIES):
-            spare = self.room - tight.peak.num_bytes
+            spare = self.room - tight.peak
             if spare <= _CLOSE * self.room or high - low <= _CLOSE * max(high, 1):
                 break
-            slope = (over.peak.num_bytes - tight.peak.num_bytes) / max(high - low, 1)
+            slope = (over.peak - tight.peak) / max(high - low, 1)
             step = spare / slope if slope > 0 else (high - low) / 2
             # A straight line is a guess: keep away from both ends, so that the interval shrinks.
             aim = int(min(max(low + step, low + 0.1 * (high - low)), high - 0.1 * (high - low)))
             tried = self._try(values, aim, host)
-            if tried.peak.num_bytes <= self.room:
+            if tried.peak <= self.room:
                 better = tried.choice.seconds <= tight.choice.seconds
                 low, tight = aim, tried if better else tight
             else:
@@ -289,21 +339,22 @@ class _Fit:
 
     def _try(self, values: Sequence[Value], num_bytes: int, host: int) -> _Try:
         choice = solve(values, num_bytes, host)
-        return _Try(choice, self._peak(choice))
+        return _Try(choice, self.replay.peak(choice.how) + self.correction)
 
-    def _peak(self, choice: Choice) -> Peak:
+    def _measured(self, choice: Choice) -> Peak:
         return self.measure(self._parts(choice))
 
-    def _cannot(self, least: _Try) -> str:
+    def _refusal(self, least: Peak) -> MemoryBoundError:
         context = self.context
-        top = ", ".join(f"{name} ({size_text(size)})" for name, size in least.peak.top[:5])
-        asked, peak, outside = context.memory or 0, least.peak.num_bytes, context.resident
+        top = ", ".join(f"{name} ({size_text(size)})" for name, size in least.top[:5])
+        asked, peak, outside = context.memory or 0, least.num_bytes, context.resident
         peak += self.budget.device - self.room
-        return (
+        return MemoryBoundError(
             f"the plan's memory bound is {size_text(asked)}, and the least that this program can do with is "
             f"{size_text(peak + outside)}: {size_text(outside)} of gradients and optimizer state, and "
             f"{size_text(peak)} at the peak, of which the largest are {top}. Raise 'memory', shard over more "
-            "ranks, split sequences ('sp'), or make the batch smaller."
+            "ranks, split sequences ('sp'), or make the batch smaller.",
+            peak + outside,
         )
 
     def _tell(self, choice: Choice, as_is: _Try) -> None:
@@ -321,7 +372,7 @@ class _Fit:
         self.context.decide(
             "memory",
             "planned",
-            f"{size_text(as_is.peak.num_bytes)} unplanned; {size_text(choice.device_bytes)} are saved, "
+            f"{size_text(as_is.peak)} unplanned; {size_text(choice.device_bytes)} are saved, "
             f"{size_text(choice.host_bytes)} offloaded, about {choice.seconds * 1e3:.2f} ms added, "
             f"within {choice.gap:.1%} of the best",
         )

@@ -48,7 +48,7 @@ def _resized(x: Tensor, dim: int, size: Any) -> list[Any]:
     return [*x.shape[:dim], size, *x.shape[dim + 1 :]]
 
 
-def _padded(x: Tensor, dim: int, positions: Any, repeat: bool) -> Tensor:
+def padded(x: Tensor, dim: int, positions: Any, repeat: bool) -> Tensor:
     """``x`` with ``dim`` extended to ``positions``, by its last position or by zeros."""
     length = x.shape[dim]
     missing = positions - length
@@ -75,7 +75,7 @@ def _cut(x: Tensor, dim: int, length: Any) -> Tensor:
 def _split(x: Tensor, dim: int, outer: Any, length: Any, chunk: Any, ranks: int, repeat: bool) -> Tensor:
     """``dim`` as (outer, ranks, chunk), with the ranks brought to the front."""
     x = x.reshape([*x.shape[:dim], outer, length, *x.shape[dim + 1 :]])
-    x = _padded(x, dim + 1, ranks * chunk, repeat)
+    x = padded(x, dim + 1, ranks * chunk, repeat)
     x = x.reshape([*x.shape[: dim + 1], ranks, chunk, *x.shape[dim + 2 :]])
     return x.movedim(dim + 1, 0)
 

@@ -130,7 +130,7 @@ def _rule(free_inputs: bool | Callable[[Node], bool] | None) -> Callable[[Node],
 
 def _buffers(graph: Graph, fusion: Fusion | None, frees: Callable[[Node], bool]) -> Iterator[Buffer]:
     position = {node: i for i, node in enumerate(graph.nodes)}
-    same = _shared(graph)
+    same = shared_storages(graph)
     last = _last_reads(graph, position, fusion)
     made: dict[int, tuple[Node, int]] = {}
     dies: dict[int, int] = {}
@@ -154,7 +154,7 @@ def _buffers(graph: Graph, fusion: Fusion | None, frees: Callable[[Node], bool])
         yield Buffer(node.name, size, born, dies[key])
 
 
-def _shared(graph: Graph) -> dict[int, int]:
+def shared_storages(graph: Graph) -> dict[int, int]:
     """Storages that are one in reality though their fakes are two: the later's key to the
     earlier's.
     """

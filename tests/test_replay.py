@@ -1,0 +1,44 @@
+"""What a choice is said to hold, without extracting its parts, is what its parts hold."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+import autodist.compiler
+from autodist.passes import memory
+from autodist.passes.analysis.liveness import liveness
+from autodist.passes.base import Context
+from tests.models import CASES
+from tests.sequence import fresh
+from tests.test_memory_plan import MODELS
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+def test_peaks_of_choices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[int, int]] = []
+
+    def compare(program: Any, budget: Any, context: Context, measure: Any) -> Any:
+        def plain(parts: memory.Parts) -> memory.Peak:
+            return memory.Peak(max(liveness(p).peak for p in parts), ())
+
+        fit = memory._Fit(program, budget, context, plain)
+        for values, share in itertools.product(itertools.islice(fit._ways(), 3), (0.0, 0.3, 0.7)):
+            least = fit._least(values, 0).choice
+            most = sum(v.num_bytes for v in values if v.needed)
+            size = int(least.device_bytes + share * (most - least.device_bytes))
+            choice = fit._try(values, size, 0).choice
+            found.append((fit.replay.peak(choice.how), fit._measured(choice).num_bytes))
+        return memory.fit(program, budget, context, measure)
+
+    fresh()
+    monkeypatch.setattr(autodist.compiler, "fit", compare)
+    model, batch = CASES[name].build().train(), MODELS[name]()
+    out = torch.compile(model, backend="autodist", options={"lowering": "eager", "memory": "1GB"})(**batch)
+    out.loss.backward()
+    assert len({exact for _, exact in found}) > 3
+    for replayed, exact in found:
+        assert abs(replayed - exact) <= 0.05 * exact, found
