@@ -19,8 +19,9 @@ from rich.console import Console
 
 from autodist import __version__
 from autodist.dry_run import StepError, dry_run, token_batch
-from autodist.inspect import InspectError, choose_graph, find_artifacts, show, show_reasons
-from autodist.plan import Plan, PlanError
+from autodist.inspect import InspectError, choose_graph, find_artifacts, show, show_lengths, show_reasons
+from autodist.longest import longest as longest_sequence
+from autodist.plan import DEVICE, Plan, PlanError
 
 _PLAIN_WIDTH = 160  # columns, where the output is not a terminal
 _DEFAULT_HARDWARE = "h100-80g"
@@ -79,15 +80,23 @@ def inspect(
             metavar="NAME", help="Only the decisions on parameters and nodes with NAME in theirs."
         ),
     ] = None,
+    longest: Annotated[
+        bool,
+        typer.Option("--longest", help="The longest sequence that fits the plan's memory, from LENGTH on."),
+    ] = False,
     rank: Annotated[int, typer.Option(min=0, help="Whose artifacts of DIR to show.")] = 0,
 ) -> None:
     """Show what the passes do to a model: graphs, gathers, memory, time, and why.
 
     With FILE.py:FUNCTION the model is compiled here, without cluster, GPU or weights: FUNCTION
     returns it and is called with meta as default device. If the file also has a function
-    make_batch(rows, length), it gives the batch; otherwise token ids and labels do.
+    make_batch(rows, length), it gives the batch; otherwise token ids and labels do. --longest compiles
+    for one length after the other, and shows what the plan does at each.
     """
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    if longest:
+        _show_longest(console, target, batch, ranks, plan, hardware)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(target)
         if ".py" in target and not folder.is_dir():
@@ -107,8 +116,7 @@ def _compile(
     rows, length = _sizes(batch)
     module, make_model = _load(target)
     make_batch = getattr(module, "make_batch", None)
-    wanted = Plan.make(plan)
-    wanted = dataclasses.replace(wanted, hardware=hardware or wanted.hardware or _DEFAULT_HARDWARE)
+    wanted = _plan(plan, hardware)
     try:
         dry_run(make_model, lambda: (make_batch or token_batch)(rows, length), wanted, ranks, folder)
     except StepError as error:
@@ -118,6 +126,29 @@ def _compile(
             f"{error}\nThe batch was token ids and labels (input_ids, labels). If the model takes "
             f"something else, define make_batch(rows, length) in {module.__file__}."
         ) from error
+
+
+def _show_longest(
+    console: Console, target: str, batch: str | None, ranks: int, plan: Path | None, hardware: str | None
+) -> None:
+    rows, length = _sizes(batch)
+    module, make_model = _load(target)
+    wanted = _plan(plan, hardware)
+    if wanted.memory is None:
+        wanted = dataclasses.replace(wanted, memory=DEVICE)
+    make_batch = getattr(module, "make_batch", token_batch)
+    tried = longest_sequence(make_model, make_batch, wanted, ranks, rows, length)
+    found = []
+    for number, one in enumerate(tried, 1):
+        fits = "fits" if one.fits else "does not fit"
+        print(f"autodist: try {number}: {rows} sequences of {one.length}: {fits}", file=sys.stderr)
+        found.append(one)
+    show_lengths(console, found)
+
+
+def _plan(plan: Path | None, hardware: str | None) -> Plan:
+    wanted = Plan.make(plan)
+    return dataclasses.replace(wanted, hardware=hardware or wanted.hardware or _DEFAULT_HARDWARE)
 
 
 def _sizes(batch: str | None) -> tuple[int, int]:

@@ -76,6 +76,8 @@ from autodist.runtime.parameters import GatheredWeight, check_same, parameter_na
 from autodist.step_capture import Captured
 
 _TILES = (1, 4, 16, 64)  # that token-local regions are made in, where memory is short
+_LESS = 0.95  # times what fewer tiles need: where more tiles do not need less than that, they do not help
+_CHEAP = 0.02  # of the time: what a plan may add without asking whether tiles add less
 _PLANS = 5  # of memory, until Inductor's program keeps to one
 # Inductor moves nodes to shorten lifetimes and to bring producers to consumers; both undo a schedule.
 KEEP_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
@@ -122,11 +124,13 @@ class GraphReport:
 
     ``parts`` (the scheduled graphs) is filled for artifacts and in a dry run.
     ``programs`` are the Python programs Inductor emitted, ``saved_bytes`` the sizes of the inputs that each
-    part alone holds; ``staged`` says that the ranks' transport copies what it sends.
+    part alone holds; ``staged`` says that the ranks' transport copies what it sends; ``resident`` bytes
+    of gradients and optimizer state live beside the graph.
     """
 
     number: int
     staged: bool = False
+    resident: int = 0
     signature: str = ""
     records: list[Record] = field(default_factory=list)
     timelines: dict[str, Timeline] = field(default_factory=dict)
@@ -205,7 +209,7 @@ class Compilation:
             hardware=self.job.hardware,
             parameters=self.parameters,
             group_sizes=self.job.group_sizes,
-            memory=self.job.plan.memory_bytes,
+            memory=self.job.memory_bytes,
             resident=self.resident + self.beside,
             fused=self.job.plan.lowering == "inductor",
             agree=self.job.lead,
@@ -307,7 +311,7 @@ class Compilation:
         costs time, with ever more of them, as long as the predicted time gets less. Raises
         :class:`~autodist.passes.memory.MemoryBoundError` with the least of what would do.
         """
-        if self.job.plan.memory_bytes is None:
+        if self.job.memory_bytes is None:
             return compiled(graph)
         best: tuple[float, Callable[..., Any], GraphReport] | None = None
         refusals: list[MemoryBoundError] = []
@@ -317,12 +321,14 @@ class Compilation:
                 made = self._with_tiles(graph, compiled, held)
             except MemoryBoundError as error:
                 refusals.append(error)
+                if len(refusals) > 1 and error.least > _LESS * refusals[-2].least:
+                    break
             else:
                 seconds = sum(t.seconds for t in self.report.timelines.values())
-                if best is not None and not self._is_faster(graph, seconds < 0.99 * best[0]):
+                if best is not None and not self._all_say("faster", graph, seconds < 0.99 * best[0]):
                     break
                 best = seconds, made, self.report.kept()
-                if not self.added:
+                if self._all_say("cheap", graph, self.added <= _CHEAP * seconds):
                     break
             if self.tiles > 1 and not self.report.has_decided(Tile):
                 break  # nothing is as large as that
@@ -331,9 +337,9 @@ class Compilation:
         self.report.restore(best[2])
         return best[1]
 
-    def _is_faster(self, graph: GraphModule, answer: bool) -> bool:
+    def _all_say(self, what: str, graph: GraphModule, answer: bool) -> bool:
         """The first rank's answer."""
-        subject = f"whether {self.tiles} tiles are faster for {self._planned(graph)}"
+        subject = f"whether {self.tiles} tiles are {what} for {self._planned(graph)}"
         return self.job.lead(subject, lambda: "yes" if answer else "no") == "yes"
 
     def _with_tiles(
@@ -345,7 +351,7 @@ class Compilation:
         it holds too much, the next plan is corrected by how far the guess was off. The largest excess of all
         ranks holds for all.
         """
-        memory = self.job.plan.memory_bytes
+        memory = self.job.memory_bytes
         assert memory is not None
         room, earlier, self.aim = memory - self.resident, set(), None
         for attempt in range(_PLANS):
@@ -512,15 +518,11 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """A callable for a captured graph, transformed and lowered as ``job``'s plan says."""
     names = {i: parameter_name(x) for i, x in enumerate(inputs)}
-    report = GraphReport(job.next_graph(), job.hardware.stages_collectives)
+    resident = _optimizer_bytes(inputs)
+    report = GraphReport(job.next_graph(), job.hardware.stages_collectives, resident)
     job.reports.append(report)
-    run = Compilation(
-        job,
-        {i: n for i, n in names.items() if n is not None},
-        report,
-        _optimizer_bytes(inputs),
-        _batch(inputs),
-    )
+    own = {i: n for i, n in names.items() if n is not None}
+    run = Compilation(job, own, report, resident, _batch(inputs))
     job.at(f"compiling graph {report.number}")
     lower = _inductor if job.plan.lowering == "inductor" and not job.dry_run else _eager
     kept: dict[int, Kept] = {}
@@ -532,7 +534,7 @@ def compile_graph(
         return lower(program, inputs, run, mode)
 
     # Under a memory bound both programs are read before either runs.
-    bound = job.plan.memory is not None
+    bound = job.memory_bytes is not None
     patch = compat.functorch_patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=bound)
     with job.failing_together(), patch:
         compiled = run.within_memory(graph, compiled_program, _bytes(inputs))

@@ -44,6 +44,7 @@ def dry_run(
     plan: Plan,
     num_ranks: int,
     artifacts: Path | None,
+    loss_only: bool = False,
 ) -> Job:
     """Compile one training step as the first of ``num_ranks`` ranks.
 
@@ -52,7 +53,8 @@ def dry_run(
 
     ``make_model`` is called under ``torch.device("meta")``. ``make_batch`` returns the model's
     keyword arguments (a dict), positional arguments (a tuple or list) or its one argument. The loss
-    is what the model returns as ``loss``, or a scalar that it returns; of other results the sum.
+    is what the model returns as ``loss``, or a scalar that it returns; of other results the sum. With
+    ``loss_only`` the program compiled returns nothing else.
 
     Raises :class:`DryRunError`, and what ``prepare`` and the compiler raise.
     """
@@ -71,7 +73,8 @@ def dry_run(
         arguments = _arguments(_call("the function that makes a batch", make_batch), fakes)
         job = _job(model, plan, num_ranks)
         job.dry_run, job.artifacts = True, artifacts
-        compiled = torch.compile(model, backend=lambda g, given: compile_graph(g, given, job, None))
+        whole: Callable[..., Any] = (lambda *a, **k: _loss(model(*a, **k))) if loss_only else model
+        compiled = torch.compile(whole, backend=lambda g, given: compile_graph(g, given, job, None))
         with fakes:
             _call("the training step", lambda: _step(compiled, *arguments), StepError)
     if not job.reports:

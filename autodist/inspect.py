@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
+from autodist.longest import Length
 from autodist.passes.analysis.layers import Repeat, common_text, fold
 from autodist.passes.base import size_text
 
@@ -104,6 +105,20 @@ def choose_graph(found: Sequence[Artifacts], name: str | None) -> Artifacts:
             return artifacts
     have = ", ".join(a.name for a in found)
     raise InspectError(f"there is no graph {name!r}; there are: {have}")
+
+
+def show_lengths(console: Console, found: Sequence[Length]) -> None:
+    """Print what a plan does at each length, and the longest that fits."""
+    table = _table(">length", ">peak", ">a step", "what the plan does")
+    for one in sorted(found, key=lambda f: f.length):
+        does = ", ".join(f"{n} {how}" for how, n in one.made) or "saves all that min-cut saves"
+        if one.fits:
+            table.add_row(str(one.length), size_text(one.peak), _time(one.seconds), does)
+        else:
+            table.add_row(str(one.length), "", "", f"does not fit: {size_text(one.needed)} would do")
+    _print_table(console, table)
+    best = max((f.length for f in found if f.fits), default=None)
+    _heading(console, "no length that was tried fits" if best is None else f"longest that fits: {best}")
 
 
 # --- everything ----------------------------------------------------------------------------------

@@ -73,6 +73,11 @@ class Job:
         return hardware(self.plan.hardware)
 
     @property
+    def memory_bytes(self) -> int | None:
+        """Bytes of the device that this rank may use, if that is bounded."""
+        return self.plan.memory_on(self.hardware.memory)
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of the host that this rank may use for what it offloads."""
         asked = self.plan.host_memory_bytes

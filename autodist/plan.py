@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Union
 
 _LOWERINGS = ("inductor", "eager")
+DEVICE = "device"
+_OF_THE_DEVICE = 0.9  # the rest is the driver's, the collectives', and what the allocator cannot fill
 _PRECISIONS = ("fp32", "bf16")
 _OUTPUTS = ("withheld", "gathered", "sharded")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -41,9 +43,10 @@ class Plan:
     strict:     refuse a program with an operator for which sequences would have to be gathered.
     precision:  "fp32" trains in the parameters' own type; "bf16" computes under autocast and gathers
                 weights in bf16, with shards, reduction and optimizer at full width.
-    memory:     bytes a rank may use ("60GB", "512MiB" or a number). Where training would use more, values
-                are computed again or offloaded, by what costs least; where it uses less, weights stay
-                whole from forward to backward while they fit (ZeRO-3). None: as torch's min-cut decides.
+    memory:     bytes a rank may use ("60GB", "512MiB" or a number), or "device": nine tenths of what the
+                device has. Where training would use more, values are computed again, offloaded, or made in
+                tiles, by what costs least; where it uses less, weights stay whole from forward to
+                backward while they fit (ZeRO-3). None: as torch's min-cut decides.
     host_memory: bytes of the host that a rank may use for what it offloads; None is half of what the
                 machine has for each device, 0 offloads nothing.
     lowering:   "inductor", or "eager" to run the same passes without Inductor (to tell whose a bug is).
@@ -74,7 +77,7 @@ class Plan:
         _require("lowering", self.lowering, self.lowering in _LOWERINGS, _either(_LOWERINGS))
         number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
         _require("timeout", self.timeout, number and self.timeout > 0, "a positive number of seconds")
-        _ = self.memory_bytes, self.host_memory_bytes
+        _ = self.memory_on(None), self.host_memory_bytes
         if self.hardware is not None:
             from autodist.passes.analysis.hardware import hardware
 
@@ -83,9 +86,10 @@ class Plan:
             except ValueError as error:
                 raise PlanError(f"plan field 'hardware': {error}") from None
 
-    @property
-    def memory_bytes(self) -> int | None:
-        """``memory`` in bytes."""
+    def memory_on(self, device: int | None) -> int | None:
+        """``memory`` in bytes, on a device with so many; None where there is no bound."""
+        if self.memory == DEVICE:
+            return None if device is None else int(_OF_THE_DEVICE * device)
         return None if self.memory is None else _bytes("memory", self.memory, least=1)
 
     @property

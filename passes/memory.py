@@ -57,6 +57,7 @@ from autodist.runtime import compat, dialect, offload
 
 _ATTEMPTS = 3
 _CORRECTIONS = 6
+_BEST = 3  # ways to cut the forward, of those that fit, that are looked at more closely
 _NEAR = 0.02  # of the room: as close as it is worth to come
 _TRIES = 8
 _SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
@@ -154,6 +155,8 @@ class _Fit:
         nodes, fused = self.found.nodes, context.fused
         self.replay = Replay(program.joint, program.num_outputs, nodes, backward, fused)
         self.correction = 0
+        self.ways = list(self._ways())
+        self.solved: dict[tuple[int, int, int], _Try | BudgetError] = {}
 
     def run(self) -> tuple[Parts, float]:
         as_is = self._try_as_is()
@@ -248,7 +251,7 @@ class _Fit:
                 break
             peak = measured[tried.choice] = self._measured(tried.choice)
             spare = self.room - peak.num_bytes
-            if fits and 0 <= spare <= _NEAR * self.room:
+            if (fits and 0 <= spare <= _NEAR * self.room) or (not fits and spare < 0):
                 break
             self.correction += peak.num_bytes - tried.peak
         fitting = [c for c, p in measured.items() if p.num_bytes <= self.room]
@@ -270,16 +273,16 @@ class _Fit:
         tries: list[_Try] = []
         for host in self._host_budgets():
             ways = []
-            for values in self._ways():
-                tight = self._least(values, host)
-                tries.append(tight)
-                ways.append((values, tight))
-                if tight.peak <= self.room:
-                    found.append(self._within(values, host, tight, loose))
-                elif len(ways) > 2 and all(t.peak < tight.peak for _, t in ways[-3:-1]):
+            for way in range(len(self.ways)):
+                tight = self._least(way, host)
+                ways.append((way, tight))
+                if len(ways) > 2 and all(t.peak < tight.peak for _, t in ways[-3:-1]):
                     break  # ever more cuts cost ever more
-            for values, tight in () if found else ways:
-                tried = self._between(values, host, tight, loose)
+            tries += [tight for _, tight in ways]
+            fitting = sorted((w for w in ways if w[1].peak <= self.room), key=lambda w: w[1].choice.seconds)
+            found = [self._within(way, host, tight, loose) for way, tight in fitting[:_BEST]]
+            for way, tight in () if found else ways:
+                tried = self._between(way, host, tight, loose)
                 tries += tried
                 found += [t for t in tried if t.peak <= self.room]
             if found:
@@ -305,12 +308,13 @@ class _Fit:
                 before = kept
                 yield [replace(v, recompute=math.inf) if i in kept else v for i, v in enumerate(values)]
 
-    def _between(self, values: Sequence[Value], host: int, tight: _Try, loose: _Try) -> list[_Try]:
+    def _between(self, way: int, host: int, tight: _Try, loose: _Try) -> list[_Try]:
         """Some choices that save more than the least: to compute much again at a time takes memory, too."""
         low, high = tight.choice.device_bytes, loose.choice.device_bytes
-        return [self._try(values, int(low + share * (high - low)), host) for share in _SHARES if high > low]
+        tried = (self._maybe(way, int(low + share * (high - low)), host) for share in _SHARES if high > low)
+        return [t for t in tried if t is not None]
 
-    def _within(self, values: Sequence[Value], host: int, tight: _Try, loose: _Try) -> _Try:
+    def _within(self, way: int, host: int, tight: _Try, loose: _Try) -> _Try:
         """Between saving the least and saving all that min-cut does, the most that fits."""
         low, high = tight.choice.device_bytes, max(loose.choice.device_bytes, tight.choice.device_bytes)
         over = loose
@@ -322,24 +326,43 @@ class _Fit:
             step = spare / slope if slope > 0 else (high - low) / 2
             # A straight line is a guess: keep away from both ends, so that the interval shrinks.
             aim = int(min(max(low + step, low + 0.1 * (high - low)), high - 0.1 * (high - low)))
-            tried = self._try(values, aim, host)
-            if tried.peak <= self.room:
+            tried = self._maybe(way, aim, host)
+            if tried is None:
+                low = aim
+            elif tried.peak <= self.room:
                 better = tried.choice.seconds <= tight.choice.seconds
                 low, tight = aim, tried if better else tight
             else:
                 high, over = aim, tried
         return tight
 
-    def _least(self, values: Sequence[Value], host: int) -> _Try:
+    def _least(self, way: int, host: int) -> _Try:
         """The choice that saves the fewest bytes."""
         try:
-            return self._try(values, 0, host)
+            return self._try(way, 0, host)
         except BudgetError as error:
-            return self._try(values, error.least, host)
+            return self._try(way, error.least, host)
 
-    def _try(self, values: Sequence[Value], num_bytes: int, host: int) -> _Try:
-        choice = solve(values, num_bytes, host)
-        return _Try(choice, self.replay.peak(choice.how) + self.correction)
+    def _maybe(self, way: int, num_bytes: int, host: int) -> _Try | None:
+        """None where no choice is found: with a host budget the least is only nearly the least."""
+        try:
+            return self._try(way, num_bytes, host)
+        except BudgetError:
+            return None
+
+    def _try(self, way: int, num_bytes: int, host: int) -> _Try:
+        key = way, num_bytes, host
+        if key not in self.solved:
+            try:
+                choice = solve(self.ways[way], num_bytes, host)
+            except BudgetError as error:
+                self.solved[key] = error
+            else:
+                self.solved[key] = _Try(choice, self.replay.peak(choice.how))
+        found = self.solved[key]
+        if isinstance(found, BudgetError):
+            raise found
+        return replace(found, peak=found.peak + self.correction)
 
     def _measured(self, choice: Choice) -> Peak:
         return self.measure(self._parts(choice))
@@ -365,7 +388,8 @@ class _Fit:
                 self.context.decide(name, "kept whole", f"there is room for it within {bound}")
             else:
                 self.context.decide(name, "regathered in backward", f"{bound} leave no room to keep it")
-        again = [i for i, h in enumerate(choice.how) if h is How.RECOMPUTE and self._was_saved(i)]
+        before = as_is.choice.how
+        again = [i for i, h in enumerate(choice.how) if h is How.RECOMPUTE and before[i] is How.SAVE]
         moved = [i for i, h in enumerate(choice.how) if h is How.OFFLOAD]
         if not again and not moved:
             return
@@ -382,9 +406,6 @@ class _Fit:
         for i in again:
             costs = f"{size_text(values[i].num_bytes)}; {values[i].recompute * 1e3:.3f} ms again"
             self.context.decide(values[i].name, "recomputed", f"{costs}, to stay in {bound}")
-
-    def _was_saved(self, i: int) -> bool:
-        return self.found.nodes[i].name in self.program.saved
 
     # --- parts ------------------------------------------------------------------------------------------
 

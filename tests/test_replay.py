@@ -26,11 +26,11 @@ def test_peaks_of_choices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             return memory.Peak(max(liveness(p).peak for p in parts), ())
 
         fit = memory._Fit(program, budget, context, plain)
-        for values, share in itertools.product(itertools.islice(fit._ways(), 3), (0.0, 0.3, 0.7)):
-            least = fit._least(values, 0).choice
-            most = sum(v.num_bytes for v in values if v.needed)
+        most = sum(v.num_bytes for v in fit.found.values if v.needed)
+        for way, share in itertools.product(range(3), (0.0, 0.3, 0.7)):
+            least = fit._least(way, 0).choice
             size = int(least.device_bytes + share * (most - least.device_bytes))
-            choice = fit._try(values, size, 0).choice
+            choice = fit._try(way, size, 0).choice
             found.append((fit.replay.peak(choice.how), fit._measured(choice).num_bytes))
         return memory.fit(program, budget, context, measure)
 
