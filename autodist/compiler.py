@@ -447,7 +447,12 @@ class Compilation:
         joint = self.transform(joint, Phase.JOINT)
         for node in joint.graph.nodes:
             if compat.is_random(node.target):  # what is drawn once is kept: to draw it again takes the state
-                node.meta |= compat.saved_tags()  # of a generator, which a whole step does not carry
+                # of a generator, which a whole step does not carry. Of several results each is kept.
+                several = not isinstance(node.meta["val"], torch.Tensor)
+                for tag in compat.saved_tags() if several else ():
+                    node.meta.pop(tag, None)  # only tensors are saved
+                for result in node.users if several else (node,):
+                    result.meta |= compat.saved_tags()
         own = {id(n) for n in region.inputs}
         others = [n for n in step.graph.find_nodes(op="placeholder") if id(n) not in own]
         self.beside = sum(map(num_bytes, others))
