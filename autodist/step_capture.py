@@ -17,6 +17,9 @@ to Python values of the models, which a program would not make again.
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
+import operator
 import os
 import random
 import sys
@@ -25,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CellType
+from types import CellType, FunctionType, GeneratorType
 from typing import Any
 
 import torch
@@ -146,7 +149,8 @@ class _Capture:
     def run(self) -> Captured:
         _refuse_iterators(self.function, self.arguments)
         outside = self._outside()
-        drawn = _random_states()
+        theirs = self._python_generators()
+        drawn, passed = _random_states(theirs), [_passed(x) for x in self._iterators()]
         self.watch.generators = self._generators()
         states = [g.get_state() for g in self.watch.generators]
         try:
@@ -170,13 +174,35 @@ class _Capture:
                 f"the step changes '{name}', a Python value outside of it. A captured step runs its Python "
                 "only once: return what changes, or change it outside of the step."
             )
-        if _random_states() != drawn:
+        if [_passed(x) for x in self._iterators()] != passed:
+            raise StepError(
+                "the step takes from an iterator that an object holds, which a captured step would not do "
+                "again. Take from it outside, and pass what it gave."
+            )
+        if _random_states(theirs) != drawn:
             raise StepError(
                 "the step draws numbers from Python's or numpy's generator, which a captured step would not "
                 "draw again. Draw them outside and pass them as tensors, or use torch's generator."
             )
         self.made.policies = self.watch.policies
         return self.made
+
+    def _python_generators(self) -> list[Any]:
+        """Random generators of Python's and numpy's that the step can reach, beside those of the modules."""
+        numpy = sys.modules.get("numpy")
+        kinds: tuple[type, ...] = (random.Random,)
+        if numpy is not None:
+            kinds += (numpy.random.Generator, numpy.random.RandomState)
+        found = {id(x): x for x in self._reachable() if isinstance(x, kinds)}
+        return [x for x in found.values() if not isinstance(x, random.SystemRandom)]
+
+    def _iterators(self) -> list[Any]:
+        return [x for x in self._reachable() if isinstance(x, Iterator) and not isinstance(x, io.IOBase)]
+
+    def _reachable(self) -> Iterator[Any]:
+        yield from self.leaves
+        for record in self.snapshot.records:
+            yield from record.saved.values()
 
     def _generators(self) -> list[torch.Generator]:
         """Those that torch draws from unless it is given another, and those that the step is given."""
@@ -253,6 +279,7 @@ class _Capture:
                 made.append(self._output(leaf))
             elif found is None:
                 _refuse_result(leaf)
+                leaf = _as_number(leaf)
                 found = Result("constant", leaf)
             self.made.results.append(found)
 
@@ -781,6 +808,12 @@ def _refuse_inputs(state: State, tensors: Sequence[Tensor], leaves: Sequence[Any
             raise StepError(f"'{name}' has a gradient hook, which a captured step would not run; remove it.")
 
 
+def _as_number(leaf: Any) -> Any:
+    """A size that is returned, as the number that it is in this program, which holds for that size alone."""
+    kinds = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+    return kinds[type(leaf)](leaf) if type(leaf) in kinds else leaf
+
+
 def _refuse_settings(
     before: Sequence[dict[str, Any]], rates: Sequence[tuple[Tensor, int]], state: State,
     stale: dict[int, Tensor],
@@ -788,7 +821,7 @@ def _refuse_settings(
     """``rates`` are the learning rates and how often each had been written into."""
     left = iter(rates)
     for old, group in zip(before, state.groups, strict=True):
-        changed = [k for k, v in hyperparameters(group).items() if k not in old or old[k] != v]
+        changed = [k for k, v in hyperparameters(group).items() if k not in old or not _kept(old[k], v)]
         if "lr" in group and "lr" not in old:
             rate, written = next(left)
             kept = group["lr"] is rate or id(group["lr"]) in stale
@@ -798,6 +831,11 @@ def _refuse_settings(
                 f"the step changes '{changed[0]}' of a parameter group, which a captured step would not do "
                 "again. Pass a scheduler to the step, or change the group outside of it."
             )
+
+
+def _kept(before: Any, now: Any) -> bool:
+    """Whether a setting is what it was; tensors have values that are not known."""
+    return before is now or (not isinstance(now, Tensor) and bool(before == now))
 
 
 def _optimizer_states(state: State) -> dict[tuple[int, int], dict[Any, Any]]:
@@ -877,14 +915,36 @@ def _refuse_iterators(
         )
 
 
-def _random_states() -> list[Any]:
-    """The states of generators that are not torch's."""
+def _random_states(generators: Sequence[Any]) -> list[Any]:
+    """The states of ``generators``, and of those of Python's and numpy's modules."""
     numpy = sys.modules.get("numpy")
     theirs = [] if numpy is None else list(map(str, numpy.random.get_state()))
-    return [random.getstate(), theirs]
+    return [random.getstate(), theirs, *map(_random_state, generators)]
+
+
+def _random_state(generator: Any) -> str:
+    if isinstance(generator, random.Random):
+        return str(generator.getstate())
+    if hasattr(generator, "bit_generator"):
+        return str(generator.bit_generator.state)
+    return str(list(map(str, generator.get_state())))
+
+
+def _passed(iterator: Any) -> Any:
+    """What tells whether something has been taken from ``iterator``, as far as one can tell."""
+    if isinstance(iterator, GeneratorType):
+        return None if iterator.gi_frame is None else iterator.gi_frame.f_lasti
+    if isinstance(iterator, itertools.count):
+        return repr(iterator)
+    return operator.length_hint(iterator, -1)
 
 
 def _refuse_result(leaf: Any) -> None:
+    if isinstance(leaf, (Iterator, FunctionType, set)):
+        raise StepError(
+            f"the step returns a {type(leaf).__name__}, which would be the same one after every call. Return "
+            "tensors, numbers, and lists, tuples or dictionaries of them."
+        )
     inside = tree_leaves(dict(vars(leaf))) if hasattr(leaf, "__dict__") else []
     if any(isinstance(x, Tensor) for x in inside) and not isinstance(leaf, torch.nn.Module):
         raise StepError(

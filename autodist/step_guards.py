@@ -52,7 +52,7 @@ PLAIN = (
 # What a module keeps for torch: ``training`` and a ``forward`` of its own are attributes like others.
 REGISTRIES = frozenset(nn.Module.__annotations__) - {"training", "forward"}
 _DICTS = (dict, OrderedDict, MappingProxyType)  # whose items are read without a side effect
-_MANY, _MOST, _ARRAY, _DEPTH = 64, 10_000, 4096, 3
+_MANY, _MOST, _ARRAY, _DEPTH = 64, 10_000, 4096, 6
 _LIBRARIES = {"torch", "numpy", "autodist", "builtins"} | (sys.stdlib_module_names - {"__main__"})
 _is, _flat = operator.is_, chain.from_iterable
 _CALLED = (FunctionType, MethodType, functools.partial, staticmethod, classmethod, property)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from types import MethodType
@@ -73,11 +74,19 @@ def train_step(function: Any = None, /, *, plan: PlanLike = None) -> Any:
     return functools.wraps(function)(TrainStep(function, plan))
 
 
+_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+
+
 class TrainStep:
     """A decorated training step. ``function`` is the undecorated one, ``programs`` what was made of it."""
 
     def __init__(self, function: Callable[..., Any], plan: PlanLike) -> None:
         self.function, self.plan = function, Plan.make(plan)
+        if any(is_kind(function) for is_kind in _LATER):
+            raise StepError(
+                f"'{function.__name__}' is a generator or a coroutine: calling it runs nothing of it. Write "
+                "the step as a function that returns what it makes."
+            )
         self.job: Job | None = None
         self.programs: list[Program] = []
         self._state: State | None = None
@@ -188,7 +197,8 @@ class TrainStep:
         assert self.job is not None
         dynamic = self._changing(tensors)
         try:
-            captured = capture(self.function, arguments, state, dynamic)
+            with self.job.failing_together():
+                captured = capture(self.function, arguments, state, dynamic)
             compiled = compile_step(captured, self.job, kernels=not captured.new_moments)
         except ZeroDivisionError as error:
             if all(x.numel() for x in tensors):

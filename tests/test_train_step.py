@@ -12,6 +12,7 @@ import functools
 import itertools
 import random
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -1670,6 +1671,199 @@ class Own(torch.optim.Optimizer):
                 self.state["common"]["mean"] = p.grad.mean()
             else:
                 p.grad.mul_(self.factor)
+
+
+COIN = random.Random(3)
+
+
+def flips_a_coin(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+    return plain(model, optimizer, {"x": x.flip(0) if COIN.random() < 0.5 else x})
+
+
+def counts_elsewhere(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+    return plain(model, optimizer, {"x": x * next(HOLDER.numbers)})
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.numbers, self.random = itertools.count(1), numpy.random.RandomState(1)
+
+    def mixes(self, model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+        return plain(model, optimizer, {"x": x * self.random.beta(1.0, 1.0)})
+
+
+HOLDER = Holder()
+
+
+def returns_an_iterator(model: nn.Module, optimizer: Any, x: Tensor) -> Any:
+    return zip([plain(model, optimizer, {"x": x})], [1], strict=True)
+
+
+def returns_a_set(model: nn.Module, optimizer: Any, x: Tensor) -> Any:
+    return plain(model, optimizer, {"x": x}), set()
+
+
+def refused_python() -> None:
+    """What Python would do in each call, and a program does once."""
+    holder = Holder()
+    for function, why in (
+        (flips_a_coin, "draws numbers"),
+        (holder.mixes, "draws numbers"),
+        (counts_elsewhere, "takes from an iterator"),
+        (returns_an_iterator, "returns a zip"),
+        (returns_a_set, "returns a set"),
+    ):
+        fresh()
+        model = Mlp()
+        with pytest.raises(autodist.StepError, match=why):
+            autodist.train_step(plan=EAGER)(function)(model, *with_sgd(model), x_of(0))
+
+    def yields(x: Tensor) -> Any:
+        yield x
+
+    async def waits(x: Tensor) -> Any:
+        return x
+
+    for later in (yields, waits):
+        with pytest.raises(autodist.StepError, match="is a generator or a coroutine"):
+            autodist.train_step(later)
+
+
+def test_refused_python() -> None:
+    run_ranks(refused_python, 1)
+
+
+def looks_on_one_rank(model: nn.Module, optimizer: Any, batch: Batch) -> Tensor:
+    loss = plain(model, optimizer, batch)
+    if dist.get_rank() == 1:
+        loss.item()
+    return loss
+
+
+def refused_on_one_rank() -> tuple[str, float]:
+    fresh()
+    model = Mlp()
+    autodist.prepare(model, EAGER)
+    start = time.monotonic()
+    with pytest.raises((autodist.StepError, autodist.MissingRanksError)) as caught:
+        autodist.train_step(plan=EAGER)(looks_on_one_rank)(model, *with_sgd(model), {"x": x_of(0)})
+    return str(caught.value), time.monotonic() - start
+
+
+def test_a_refusal_on_one_rank_ends_all() -> None:
+    (waited, seconds), (refused, _) = run_ranks(refused_on_one_rank, 2)
+    assert "Rank 1 failed: StepError" in waited and refused in waited
+    assert seconds < 60
+
+
+def with_its_size(model: nn.Module, optimizer: Any, batch: Batch) -> Any:
+    x = batch["x"]
+    return plain(model, optimizer, batch), x.shape[0], x.numel() / 7
+
+
+def returned_sizes() -> None:
+    """A size that is returned is a number, the one of this call."""
+    fresh()
+    model = Mlp()
+    reference = copy.deepcopy(model)
+    step = autodist.train_step(plan=EAGER)(with_its_size)
+    (mine,), (theirs,) = with_sgd(model), with_sgd(reference)
+    for rows in (8, 5, 3, 5, 8, 2):
+        batch = mlp_batch(torch.Generator().manual_seed(rows), rows)
+        loss, size, elements = step(model, mine, batch)
+        wanted = with_its_size(reference, theirs, batch)
+        assert (type(size), size, elements) == (int, rows, float(rows))
+        assert abs(loss - wanted[0]) < 1e-5
+    check(model, reference)
+
+
+def test_returned_sizes() -> None:
+    run_ranks(returned_sizes, 1)
+
+
+class Config:
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+def weighed(model: nn.Module, optimizer: Any, batch: Batch, config: Any) -> Tensor:
+    return plain(model, optimizer, {"x": batch["x"] * config.train.loss.aux.weight})
+
+
+def deep_settings() -> None:
+    fresh()
+    model = Mlp()
+    reference = copy.deepcopy(model)
+    step = autodist.train_step(plan=EAGER)(weighed)
+    (mine,), (theirs,) = with_sgd(model), with_sgd(reference)
+    config = Config(train=Config(loss=Config(aux=Config(weight=1.0))))
+    for number in range(4):
+        config.train.loss.aux.weight = 1.0 + number // 2
+        batch = {"x": x_of(0)}
+        found, wanted = step(model, mine, batch, config), weighed(reference, theirs, batch, config)
+        assert abs(found - wanted) < 1e-5 * wanted, number
+
+
+def test_deep_settings() -> None:
+    run_ranks(deep_settings, 1)
+
+
+class Attending(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.dropout = dropout
+
+    def body(self, x: Tensor) -> Tensor:
+        q, k, v = self.mix(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout)
+        return x + self.out(F.gelu(found.transpose(1, 2).flatten(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False).square().mean()  # type: ignore[no-any-return]
+
+
+def checkpointed_attention(dropout: float) -> None:
+    fresh()
+    model = Attending(dropout)
+    reference = copy.deepcopy(model)
+    step = autodist.train_step(plan=EAGER)(plain)
+    (mine,), (theirs,) = with_sgd(model), with_sgd(reference)
+    for number in range(3):
+        batch = {"x": torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(number))}
+        losses = []
+        for run, one, optimizer in ((step, model, mine), (plain, reference, theirs)):
+            torch.manual_seed(number)
+            losses.append(run(one, optimizer, batch))
+        assert abs(losses[0] - losses[1]) < 1e-5, number
+    check(model, reference)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_attention(dropout: float) -> None:
+    run_ranks(checkpointed_attention, 1, dropout)
+
+
+def a_rate_that_is_a_tensor() -> None:
+    """With a scheduler, which keeps another tensor in the group."""
+    fresh()
+    model = Mlp()
+    reference = copy.deepcopy(model)
+    step = autodist.train_step(plan=EAGER)(plain)
+    found = []
+    for one, run in ((model, step), (reference, plain)):
+        optimizer = torch.optim.SGD(one.parameters(), lr=torch.tensor(0.1))
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for number in range(3):
+            found.append(float(run(one, optimizer, {"x": x_of(number)})))
+            scheduler.step()
+    assert all(abs(a - b) < 1e-5 for a, b in zip(found[:3], found[3:], strict=True))
+    check(model, reference)
+
+
+def test_a_rate_that_is_a_tensor() -> None:
+    run_ranks(a_rate_that_is_a_tensor, 1)
 
 
 def refused_optimizers() -> None:
