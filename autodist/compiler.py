@@ -316,7 +316,6 @@ class Compilation:
         best: tuple[float, Callable[..., Any], GraphReport] | None = None
         refusals: list[MemoryBoundError] = []
         for self.tiles in _TILES:
-            self.report.clear()
             try:
                 made = self._with_tiles(graph, compiled, held)
             except MemoryBoundError as error:

@@ -306,7 +306,7 @@ def _own_operator(module: GraphModule, call: Node) -> Any:
 
 
 def _draws(graph: GraphModule) -> bool:
-    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.graph.nodes)
+    return any(compat.is_random(n.target) for n in graph.graph.nodes)
 
 
 def _example(node: Any) -> Any:

@@ -24,10 +24,10 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from autodist.passes.analysis.chunks import Places, Region, Regions
-from autodist.passes.analysis.placement import is_random
 from autodist.passes.base import Context, Pass, Phase, size_text
 from autodist.passes.capture import core_of, rebuilt
 from autodist.passes.graph import replace
+from autodist.runtime import compat
 
 _WORTH = 2  # times what comes in or goes out: what a region holds inside to be worth tiles
 _aten = torch.ops.aten
@@ -60,8 +60,8 @@ class Tile(Pass):
         }
         if not counts:
             return graph
-        draws = [n for n in regions.order if is_random(n.target)]
-        if draws != [n for n in core.graph.graph.nodes if is_random(n.target)]:
+        draws = [n for n in regions.order if compat.is_random(n.target)]
+        if draws != [n for n in core.graph.graph.nodes if compat.is_random(n.target)]:
             context.decide("program", "not tiled", "random numbers would be drawn in another order")
             return graph
         tiled = _Tiled(core.graph, regions.order)

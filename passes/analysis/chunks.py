@@ -32,7 +32,6 @@ from autodist.passes.analysis.placement import (
     Shard,
     Value,
     W,
-    is_random,
 )
 from autodist.passes.graph import num_bytes
 from autodist.runtime import compat
@@ -179,7 +178,7 @@ class Regions(Propagation):
         return given
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if is_random(target):
+        if compat.is_random(target):
             return self._whole_result()
         axis = self.axis
         assert isinstance(axis, Chunks)
@@ -243,7 +242,6 @@ def _shard_of(result: Any) -> Shard | None:
     return values[0].shard
 
 
-
 class Places:
     """The places of one region's nodes: runs each of its pieces, and puts them together."""
 
@@ -258,27 +256,22 @@ class Places:
 
     def run(self, whole: dict[Node, Any]) -> dict[Node, Any]:
         """The whole results that others use of the region, from ``whole`` values of its inputs."""
-        shards = self.region.shards
+        shards, inside = self.region.shards, set(self.region.nodes)
+        inputs = {n for m in self.region.nodes for n in m.all_input_nodes} - inside
         partials: dict[Node, list[Tensor]] = {}
         for place in self.places:
-            place.env = {n: self._given(place, n, whole) for n in self._inputs()}
+            place.env = {n: self._given(place, n, whole) for n in whole if n in inputs}
             for node in self.region.nodes:
                 try:
                     place.env[node] = place.run_node(node)
                 except Pending as pending:
                     partials.setdefault(node, []).append(pending.partial)
         results = {n: self._total(n, partials[n]) for n in partials}
-        inside = set(self.region.nodes)
         for node in self.region.nodes:
             shard = shards[node]
             if shard is not None and not inside.issuperset(node.users):
                 results[node] = joined([p.env[node].tensor for p in self.places], shard)
         return results
-
-    def _inputs(self) -> list[Node]:
-        inside = set(self.region.nodes)
-        used = dict.fromkeys(n for m in self.region.nodes for n in m.all_input_nodes)
-        return [n for n in used if n not in inside]
 
     def _given(self, place: Propagation, node: Node, whole: dict[Node, Any]) -> Any:
         value = whole[node]

@@ -387,7 +387,7 @@ class Propagation(Interpreter):
     # How a graph is run.
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        if any(is_random(n.target) for n in self.module.graph.nodes):  # type: ignore[union-attr]
+        if any(compat.is_random(n.target) for n in self.module.graph.nodes):  # type: ignore[union-attr]
             # Ahead of all nodes, so of any that is to be computed again.
             device = next(a.device for a in args if isinstance(a, Tensor))
             drawn = _aten.randint.low(0, 2**31 - 1, [1], dtype=torch.int64, device=device, pin_memory=False)
@@ -423,7 +423,7 @@ class Propagation(Interpreter):
             target, args = _copy, (args[1], args[0])
         args = self._start(target, args)
         values = _values(args, kwargs)
-        if is_random(target):
+        if compat.is_random(target):
             drawn = RANDOM.get(_operator_name(target), _draw)(self, target, args, kwargs)
             if drawn is not None:
                 return drawn
@@ -1174,10 +1174,6 @@ def _key_value(p: Propagation, x: Value, heads: Shard) -> Value:
 
 
 # Random numbers: a function of seed, operator and place (:mod:`autodist.runtime.axis`).
-
-
-def is_random(target: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 def _dropout(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
