@@ -118,10 +118,11 @@ def arguments() -> argparse.Namespace:
 def size(words: str) -> int:
     """Bytes, written as in a plan's ``memory``."""
     try:
-        found = autodist.Plan(memory=words).memory_bytes
+        found = autodist.Plan(memory=words).memory_on(None)
     except autodist.PlanError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    assert found is not None
+    if found is None:  # "device": what that has, only a running rank knows
+        raise argparse.ArgumentTypeError(f"an amount of bytes is needed here; got {words!r}")
     return found
 
 
