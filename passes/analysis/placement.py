@@ -833,6 +833,63 @@ def pad(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     return p.result(target(x.tensor, *args[1:], **kwargs), x.shard)
 
 
+@rule("roll")
+def roll(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, dims = args[0], _argument(args, kwargs, 2, "dims")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not dims or x.shard.dim in [_dim(d, len(x.shape)) for d in dims]:
+        return None
+    return p.result(target(x.tensor, *args[1:], **kwargs), x.shard)
+
+
+@rule("tril", "triu")
+def triangle(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0]
+    return p.result(target(x.tensor, *args[1:]), x.shard) if x.shard.dim < len(x.shape) - 2 else None
+
+
+@rule("slice_scatter", "select_scatter")
+def scatter_into(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    """Writes of what another dimension selects."""
+    x, source, *rest = args
+    select = _operator_name(target) == "select_scatter"
+    dim = _dim(_argument(args, kwargs, 2, "dim", 0), len(x.shape))
+    shard = x.shard if x.sharded else source.shard.at(source.shard.dim + (select and source.shard.dim >= dim))
+    if shard.dim == dim:
+        return None
+    local = p.to(x, shard).tensor
+    piece = _aligned(p, source, shard.at(shard.dim - (select and dim < shard.dim)), len(x.shape) - select)
+    return p.result(target(local, piece, *rest, **kwargs), shard)
+
+
+# Images and the like: what treats every index of the first dimension by itself.
+
+
+@rule("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+      "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+      "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+      "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
+      "upsample_bicubic2d", "upsample_trilinear3d", "group_norm", "pixel_shuffle", "pixel_unshuffle",
+      "im2col", "col2im", "reflection_pad1d", "reflection_pad2d", "replication_pad1d",
+      "replication_pad2d")  # fmt: skip
+def by_row(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    x, *rest = args
+    if not x.sharded or x.shard.dim != 0 or len(x.shape) != len(p.shape):
+        return None
+    rest, kwargs = _map_values(p.beside, (rest, kwargs))
+    return p.result(target(x.tensor, *rest, **kwargs), x.shard)
+
+
+@rule("batch_norm")
+def batch_norm(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    """By running statistics: those of the batch at hand are other ones in a part of it."""
+    x, *rest = args
+    if not x.sharded or x.shard.dim == 1 or _argument(args, kwargs, 5, "training", True):
+        return None
+    rest, kwargs = _map_values(p.beside, (rest, kwargs))
+    return p.result(target(x.tensor, *rest, **kwargs), x.shard)
+
+
 # Along a dimension: softmax and its like, norms, sorting need the dimension whole.
 
 
@@ -1142,7 +1199,8 @@ def attention(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
     if q.sharded and q.shard.dim < ndim - 2:  # not along the sequence that attends
         local = {k: _aligned(p, v, q.shard, ndim) if isinstance(v, Value) else v for k, v in kwargs.items()}
         args = _map_values(lambda v: _aligned(p, v, q.shard, ndim), args)
-        return p.result(target(*args, **local), q.shard) if _known_same(q.shape[:-2], k.shape[:-2]) else None
+        upto = q.shard.dim + 1  # heads behind it may be fewer for keys and values
+        return p.result(target(*args, **local), q.shard) if _known_same(q.shape[:upto], k.shape[:upto]) else None
     if ndim != 4:
         return None
     heads = p.even_pieces(1, q.shape[1], "attention")
@@ -1195,10 +1253,14 @@ def _attention_dropout(p: Propagation, target: Any, args: Any, kwargs: Any) -> A
     given: dict[str, Any] = dict(zip(names, rest, strict=False)) | kwargs
     probability = given["dropout_p"]
     sharded = q.sharded and len(q.shape) == 4
-    heads = p.even_pieces(1, q.shape[1], "attention") if sharded else None
-    mask, placement = given.get("attn_mask"), heads or R
+    aside = sharded and q.shard.dim == 0  # rows of a batch, each of which attends to itself
+    heads = p.even_pieces(1, q.shape[1], "attention") if sharded and not aside else None
+    mask, placement = given.get("attn_mask"), q.shard if aside else heads or R
 
-    if heads is None:
+    if aside:
+        queries, keys, values = (_aligned(p, x, q.shard, 4) for x in (q, k, v))
+        bias = None if mask is None else _aligned(p, mask, q.shard, 4)
+    elif heads is None:
         queries, keys, values = (p.whole(x) for x in (q, k, v))
         bias = None if mask is None else p.whole(mask)
     else:
@@ -1218,7 +1280,7 @@ def _attention_dropout(p: Propagation, target: Any, args: Any, kwargs: Any) -> A
     # Rows that are masked altogether attend to nothing, as in torch.
     dropped, _ = p.dropped(_aten._safe_softmax.default(scores, -1), probability, sharded)
     out = p.result(dropped @ values, placement)
-    return p.to(out, p.pieces(2, p.shape[2])) if sharded else out
+    return out if heads is None else p.to(out, p.pieces(2, p.shape[2]))
 
 
 _LIKE = ("rand_like", "randn_like", "randint_like")
