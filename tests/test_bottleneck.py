@@ -146,7 +146,8 @@ def layered(layers: int, period: int, seed: int, tail: float) -> Costs:
     crossing[:-1:period] = 1
     crossing[[0, -1]] = 0
     transfer = np.stack([crossing, crossing], -1) * 2e-5
-    items = [Item("table", 1e-5, 2e-5, 100, 1), *(Item(f"w{k}", held=rng.uniform(0, 9)) for k in range(length))]
+    weights = (Item(f"w{k}", held=rng.uniform(0, 9)) for k in range(length))
+    items = [Item("table", 1e-5, 2e-5, 100, 1), *weights]
     uses = [(0, k + 1) if k % period == 1 or k == length - 1 else (k + 1,) for k in range(length)]
     saved = rng.uniform(0, 1, length)
     return Costs(forward, backward, saved, transfer, np.zeros(length + 1), crossing, items, uses)

@@ -290,13 +290,12 @@ class _Program:
         saved = _saved_bytes(chain, setting.fused)
         items, uses = self._items(forward, backward, saved)
         transfer, delay, received = self._transfers()
+
+        def along(per: Mapping[Node, float]) -> np.ndarray:
+            return np.array([per[n] for n in chain.nodes], float)
+
         return Costs(
-            *(np.array([per[n] for n in chain.nodes], float) for per in (forward, backward, saved)),
-            transfer,
-            delay,
-            received,
-            items,
-            uses,
+            along(forward), along(backward), along(saved), transfer, delay, received, items, uses
         )
 
     def _items(
@@ -343,7 +342,7 @@ class _Program:
                     change[crossing.start + 1, way] += (size, 1)
                     change[end + 1, way] -= (size, 1)
         total = np.cumsum(change, 0)[: length + 1]
-        seconds = [[transfer_seconds(*way, hardware, far) for way in both] for both in total]
+        seconds = [[transfer_seconds(size, n, hardware, far) for size, n in both] for both in total]
         delay = (total[..., 1] > 0).sum(-1) * transfer_delay(hardware, far)
         return np.array(seconds), delay, total[:, 0, 0]
 
@@ -398,9 +397,9 @@ class _Program:
             if not may[:, k].any():
                 texts = [f"'{p}' ({_stages(self.owners[p])})" for p in owned]
                 raise StageError(f"{self._at(k)} reads {' and '.join(texts)}, which no stage has together")
-        possible, k = bottleneck.reachable(may)
-        if k is not None:
-            raise StageError(self._out_of_order(may, k))
+        possible, conflict = bottleneck.reachable(may)
+        if conflict is not None:
+            raise StageError(self._out_of_order(may, conflict))
         return possible
 
     def _out_of_order(self, may: np.ndarray, k: int) -> str:
