@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from enum import Enum
 from typing import Any
 
@@ -118,6 +118,17 @@ def collective_seconds(bytes_total: float, num_ranks: int, hardware: Hardware, k
     return 2 * once if kind == "all_reduce" else once
 
 
+def transfer_seconds(num_bytes: float, messages: float, hardware: Hardware, between_nodes: bool) -> float:
+    """Time for which so many messages, of ``num_bytes`` bytes together, occupy the two devices that exchange
+    them; they arrive :func:`transfer_delay` later."""
+    bandwidth = hardware.network_bandwidth if between_nodes else hardware.link_bandwidth
+    return messages * hardware.launch + num_bytes / bandwidth
+
+
+def transfer_delay(hardware: Hardware, between_nodes: bool) -> float:
+    return hardware.network_latency if between_nodes else hardware.link_latency
+
+
 def bucket_bytes(num_ranks: int, hardware: Hardware) -> int:
     """The smallest payload with latency at most a tenth of the time; from 1 MiB to 256 MiB."""
     if num_ranks <= 1:
@@ -198,6 +209,41 @@ def graph_seconds(graph: Graph, hardware: Hardware, *, fused: bool) -> dict[Node
     runs = (n for n in graph.nodes if n in fusion.stored and _computes(n))
     seconds = {n: _kernel_seconds(n, fusion.sources[n], hardware) for n in runs}
     return {n: seconds.get(n, 0.0) for n in graph.nodes}
+
+
+def gradient_seconds(
+    graph: Graph, hardware: Hardware, followed: Container[Node], *, fused: bool
+) -> dict[Node, float]:
+    """Time of every node's part of the backward, foretold from a forward graph.
+
+    ``followed`` are the nodes that the loss is differentiated through. A node's backward reads the gradient
+    of what the node made and all that it read, and writes a gradient for each operand that is followed; a
+    product is multiplied anew for each of these. What is fused in the forward is fused in the backward.
+    """
+    fusion = fuse(graph) if fused else None
+    seconds = dict.fromkeys(graph.nodes, 0.0)
+    for node in graph.nodes:
+        runs = _computes(node) and (fusion is None or node in fusion.stored)
+        if runs and node in followed:
+            sources = node.all_input_nodes if fusion is None else fusion.sources[node]
+            seconds[node] = _backward_seconds(node, sources, hardware, followed)
+    return seconds
+
+
+def _backward_seconds(
+    node: Node, sources: Iterable[Node], hardware: Hardware, followed: Container[Node]
+) -> float:
+    if is_collective_start(node) or is_blocking_collective(node):
+        return hardware.launch
+    wanted = [t for n in sources if n in followed for t in tensors(n)]
+    written = sum(map(tensor_bytes, wanted))
+    moved = written + _moved_bytes(node, sources)
+    if getattr(node.target, "overloadpacket", node.target) in _ATTENTION:
+        products = sum(_Attention.BACKWARD.value) / sum(_Attention.FORWARD.value)
+    else:
+        products = min(2, sum(n in followed for n in node.all_input_nodes))
+    computed = products * flops(node) / hardware.flops_of(_operand_type(node))
+    return max(computed, moved / hardware.memory_bandwidth) + max(1, len(wanted)) * hardware.launch
 
 
 def flops(node: Node) -> int:
