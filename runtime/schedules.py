@@ -451,7 +451,7 @@ class _Clocks:
 def bubble(timelines: Sequence[Sequence[Span]]) -> float:
     """The part of all ranks' time, from the first start to the last end, in which they do not compute."""
     spans = [s for spans in timelines for s in spans if not s.action.step.is_transfer]
-    whole = max(s.end for s in spans) - min(s.start for s in spans)
+    whole = max((s.end for s in spans), default=0.0) - min((s.start for s in spans), default=0.0)
     return 1 - sum(s.end - s.start for s in spans) / (whole * len(timelines)) if whole else 0.0
 
 
