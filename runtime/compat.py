@@ -957,6 +957,12 @@ def not_alone(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def add_each(totals: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> None:
+    """Add each term to its total, in place; on an accelerator in few kernels."""
+    if totals:
+        torch._foreach_add_(list(totals), list(terms))
+
+
 def emitted_program(compiled: Any) -> str:
     """The Python wrapper Inductor emitted, given what ``compile_fx_inner`` returned."""
     return compiled.source_code

@@ -1248,3 +1248,10 @@ def test_operators_by_name() -> None:
     assert compat.overload_for(aten.pow, (0.9, x), {}) is aten.pow.Scalar
     assert compat.result_count(aten.max.dim) == 2
     assert compat.is_random(aten.bernoulli.p) and not compat.is_random(aten.mul.Tensor)
+
+
+def test_terms_are_added_in_place() -> None:
+    totals, terms = [torch.ones(2), torch.ones(3)], [torch.ones(2), 2 * torch.ones(3)]
+    compat.add_each(totals, terms)
+    compat.add_each([], [])
+    assert totals[0].tolist() == [2, 2] and totals[1].tolist() == [3, 3, 3]
