@@ -89,6 +89,7 @@ def core_of(captured: GraphModule) -> Core:
     skip = {*inputs, *_sharded(inline)}
     for node in inline.graph.nodes:
         if node not in skip:
+            _refuse_parameters(node, skip.difference(env))
             env[node] = body.node_copy(node, env.__getitem__)
     module = GraphModule(inline, body)
     fakes = tuple(_fake(n) for n in inputs)
@@ -106,6 +107,17 @@ def core_of(captured: GraphModule) -> Core:
     return Core(
         graph, tuple(inputs), frozenset(names[w] for w in weights), written, fakes, outputs, policies
     )
+
+
+def _refuse_parameters(node: Node, sharded: set[Node]) -> None:
+    """Raise for a node that computes with a sharded parameter itself, not with what reading it gives."""
+    taken = next((n for n in node.all_input_nodes if n in sharded), None)
+    if taken is not None:
+        raise PlacementError(
+            f"'{node.name}' ({where(node)}) computes with the sharded parameter '{taken.name}' itself, as "
+            "model.parameters() gives it. Here a program reads weights through their modules: write "
+            "layer.weight, say, for each layer."
+        )
 
 
 def rebuilt(captured: GraphModule, core: Core, new: GraphModule, divisor: int | None = None) -> GraphModule:

@@ -1,7 +1,8 @@
 """The axis laid out in time over the batch: the program of one microbatch, so that a loop over all is exact.
 
-A batch of ``B`` rows is made in ``M`` microbatches of ``rows`` rows each, the last one's missing rows repeating
-row ``B - 1``. Placements and rules are those of :mod:`autodist.passes.analysis.placement`, along dimension 0:
+A batch of ``B`` rows is made in ``M`` microbatches of ``rows`` rows each, the last one's missing rows
+repeating row ``B - 1``. Placements and rules are those of :mod:`autodist.passes.analysis.placement`, along
+dimension 0:
 
     Shard        rows of this microbatch; what needs other microbatches' rows is refused
     R, W         the same in every microbatch; computed again in each
@@ -35,7 +36,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from autodist.passes.analysis.chunks import joined
-from autodist.passes.analysis.placement import Axis, PlacementError, Propagation, R, Shard, Value
+from autodist.passes.analysis.placement import Axis, PlacementError, Propagation, Shard, Value
 from autodist.passes.graph import insert, output_of, where
 from autodist.runtime import axis, compat
 
@@ -145,8 +146,10 @@ class _Propagation(Propagation):
     def refuse(self, what: str, always: bool = False) -> PlacementError:
         """Raise for the node at hand; where it depends on the batch alone only if told ``always``."""
         error = PlacementError(
-            f"node '{self.node.name}' ({where(self.node)}): {self.node.target} {what}, so the batch cannot be "
-            f"made in {self.rows.size} microbatches of {self.rows.rows} rows. Use operators that treat every row "
+            f"node '{self.node.name}' ({where(self.node)}): {self.node.target} {what}, so the batch cannot "
+            "be "
+            f"made in {self.rows.size} microbatches of {self.rows.rows} rows. Use operators that treat "
+            "every row "
             "by itself, microbatches=1, or a plan without pp."
         )
         if always or any(n in self.from_weights for n in self.node.all_input_nodes):
@@ -202,7 +205,8 @@ class Prologue:
 
 @dataclass(frozen=True)
 class Result:
-    """How an output comes from the microbatches': the ``sum``, the ``rows`` joined, or the ``same`` in all."""
+    """How an output comes from the microbatches': the ``sum``, the ``rows`` joined, or the ``same`` in
+    all."""
 
     kind: Literal["sum", "rows", "same"]
     shard: Shard | None = None
@@ -220,8 +224,8 @@ class Microbatch:
     """The program of one microbatch.
 
     ``graph`` takes the whole program's inputs (those in ``batched`` as rows), then values of ``prologue``'s
-    requests, then ``seed`` and ``first`` (the number of the microbatch's first row). It returns what the whole
-    program returns, each as ``results`` says.
+    requests, then ``seed`` and ``first`` (the number of the microbatch's first row). It returns what the
+    whole program returns, each as ``results`` says.
     """
 
     graph: GraphModule
@@ -385,7 +389,7 @@ def _before(
         if node not in needed:
             needed.add(node)
             frontier += node.all_input_nodes
-    graph, env = Graph(), {}
+    graph, env = Graph(), dict[Node, Node]()
     for node in traced.graph.nodes:
         if node in needed:
             env[node] = graph.node_copy(node, env.__getitem__)
@@ -441,21 +445,20 @@ class _Linear:
             if not _to_whole_numbers(node):
                 return
         elif target in _SUMS and len(args) >= 2:
-            node.args = tuple(
-                a if m or i > 1 else self._share(node, a) for i, (a, m) in enumerate(zip(args, mine))
-            )
+            added = [a if m else self._share(node, a) for a, m in zip(args[:2], mine, strict=False)]
+            node.args = (*added, *args[2:])
             return
         elif target in _LISTS:
-            node.args = ([a if a in self.partial else self._share(node, a) for a in args[0]], *args[1:])  # type: ignore[union-attr]
+            parts: Any = args[0]
+            node.args = ([a if a in self.partial else self._share(node, a) for a in parts], *args[1:])
             return
-        elif (target in _PRODUCTS and sum(mine[:2]) == 1) or (
-            target in _QUOTIENTS and mine[:2] == [True, False]
-        ):
+        scaled = target in _PRODUCTS and sum(mine[:2]) == 1
+        if scaled or (target in _QUOTIENTS and mine[:2] == [True, False]):
             return
         raise PlacementError(
-            f"node '{node.name}' ({where(node)}): {target} is not linear in a sum over the batch, which is known "
-            f"only when all {self.count} microbatches are done (a statistic of the batch that the model "
-            "goes on with, or a product of two). Use microbatches=1, or a plan without pp."
+            f"node '{node.name}' ({where(node)}): {target} is not linear in a sum over the batch, which is "
+            f"known only when all {self.count} microbatches are done (a statistic of the batch that the "
+            "model goes on with, or a product of two). Use microbatches=1, or a plan without pp."
         )
 
     def _share(self, before: Node, value: Any) -> Any:

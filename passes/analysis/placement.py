@@ -427,6 +427,10 @@ class Propagation(Interpreter):
             drawn = RANDOM.get(_operator_name(target), _draw)(self, target, args, kwargs)
             if drawn is not None:
                 return drawn
+        if target is axis.keep:  # a mask that another axis has asked for: on this one, too, one a place
+            like, seed, number, probability, *_ = args
+            mask = self.axis.keep(like.tensor, self.axis.whole(seed), number, probability, like.sharded)
+            return Value(mask, like.placement, like.shape)
         if not any(v.sharded for v in values):
             return self._whole(target, args, kwargs) if values else _as_value(target(*args, **kwargs))
         rule = _rule_for(target)
@@ -1200,7 +1204,8 @@ def attention(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
         local = {k: _aligned(p, v, q.shard, ndim) if isinstance(v, Value) else v for k, v in kwargs.items()}
         args = _map_values(lambda v: _aligned(p, v, q.shard, ndim), args)
         upto = q.shard.dim + 1  # heads behind it may be fewer for keys and values
-        return p.result(target(*args, **local), q.shard) if _known_same(q.shape[:upto], k.shape[:upto]) else None
+        apart = _known_same(q.shape[:upto], k.shape[:upto])
+        return p.result(target(*args, **local), q.shard) if apart else None
     if ndim != 4:
         return None
     heads = p.even_pieces(1, q.shape[1], "attention")
