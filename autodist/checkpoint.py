@@ -48,6 +48,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from autodist.runtime import compat
 from autodist.runtime.compat import tree_any
+from autodist.runtime.parameters import whole_value
+from autodist.runtime.stage_parameters import as_stage_gradient, is_here, owners
 
 METADATA = ".metadata"
 DATA = "autodist-data-"
@@ -154,6 +156,8 @@ def load(
     _set_model(model, target["model"])
     for name, parameter in _parameters(model):
         parameter.grad = target["grad"].get(name)
+        if owners(parameter):
+            as_stage_gradient(parameter)
     if optimizer is not None:
         _set_optimizer(model, optimizer, target["optimizer"]["state"], saved_groups)
         _set_random_state(target["rng"])
@@ -365,8 +369,13 @@ def _gradient_targets(model: nn.Module, entries: Entries) -> dict[str, Tensor]:
     return {
         name: torch.empty_like(p.detach()) if p.grad is None else p.grad
         for name, p in _parameters(model)
-        if name in saved
+        if name in saved and _is_here(p)
     }
+
+
+def _is_here(parameter: nn.Parameter) -> bool:
+    """Whether this rank holds any of a parameter: of a pipeline's, a rank may hold nothing."""
+    return not isinstance(parameter, DTensor) or is_here(parameter)
 
 
 def _optimizer_targets(
@@ -377,6 +386,8 @@ def _optimizer_targets(
     present = {names[number]: s for number, s in optimizer.state_dict()["state"].items()}
     targets: dict[str, dict[str, Any]] = {}
     for (name, key), entry in _below(entries, "optimizer", "state").items():
+        if not _is_here(parameters[name]):
+            continue
         place = present.get(name, {}).get(key)
         if not isinstance(entry, TensorStorageMetadata):
             place = None
@@ -597,7 +608,7 @@ def _file_names(count: int) -> list[str]:
 
 def _on_host(value: Tensor) -> Tensor | None:
     """The whole of ``value`` in host memory on rank 0; None elsewhere. Every rank takes part."""
-    whole = value.detach()
+    whole = whole_value(value) if owners(value) else value.detach()
     if isinstance(whole, DTensor):
         whole = whole.full_tensor()
     if _rank() != 0:

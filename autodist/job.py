@@ -6,9 +6,11 @@ agreement between ranks and the watch over them, and it collects what the compil
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,8 +40,13 @@ _HEARTBEAT_SECONDS = 2.0
 @dataclass
 class Job:
     """``mesh``, one-dimensional over all ranks, shards parameters; it is None on a single rank: then nothing
-    is sharded and nothing is agreed. ``sequence`` is the mesh of the ranks that share this rank's batch, None
-    when the plan has no ``sp``.
+    is sharded and nothing is agreed. ``sequence`` is the mesh of the ranks that share this rank's sequences,
+    None when the plan has no ``sp``.
+
+    With ``pp``, ranks are laid out as (dp, pp, sp). ``pipeline`` is the mesh of the ranks that hold the
+    stages of one copy of the model, this rank being the ``place``-th of them; ``stages[p]`` is the mesh over
+    all ranks at place ``p``, members or not, and shards the parameters of the stages there (:attr:`stage`).
+    ``shared_groups`` are the process groups of the places that share parameters (:meth:`share`).
 
     ``artifacts`` is the folder for what a person may want to read. In a ``dry_run`` all decisions
     are made as ever, but nothing is compiled to kernels: the graphs run on fake tensors.
@@ -49,6 +56,11 @@ class Job:
     device: torch.device
     mesh: DeviceMesh | None
     sequence: DeviceMesh | None = None
+    pipeline: DeviceMesh | None = None
+    stages: tuple[DeviceMesh, ...] = ()
+    label: str = "all"
+    model: weakref.ref[nn.Module] | None = None
+    shared_groups: dict[tuple[int, ...], Any] = field(default_factory=dict)
     number: int = field(default_factory=itertools.count().__next__)
     reports: list[GraphReport] = field(default_factory=list)
     agreed: set[str] = field(default_factory=set)
@@ -91,7 +103,7 @@ class Job:
     @property
     def group_sizes(self) -> dict[str, int]:
         """Ranks of each process group that graphs may name."""
-        meshes = [m for m in (self.mesh, self.sequence) if m is not None]
+        meshes = [m for m in (self.mesh, self.sequence, self.pipeline) if m is not None]
         return {compat.mesh_group_name(m): m.size() for m in meshes}
 
     @property
@@ -100,7 +112,39 @@ class Job:
         labels = {} if self.mesh is None else {self.group: "all"}
         if self.sequence is not None:
             labels.setdefault(compat.mesh_group_name(self.sequence), "sp")
+        if self.pipeline is not None:
+            labels.setdefault(compat.mesh_group_name(self.pipeline), "pp")
         return labels
+
+    @property
+    def place(self) -> int:
+        """This rank's place in its pipeline."""
+        return 0 if self.pipeline is None else self.pipeline.get_local_rank()
+
+    @cached_property
+    def stage(self) -> Job:
+        """The job of the ranks that hold the same stages as this one: what is compiled for a stage is
+        theirs."""
+        made = dataclasses.replace(
+            self, mesh=self.stages[self.place], label=f"place {self.place}", agreed=set(), led={}
+        )
+        made.__dict__["monitor"] = self.monitor  # one watch, over all ranks
+        return made
+
+    def share(self, places: Iterable[tuple[int, ...]]) -> None:
+        """Make the groups that sum gradients of parameters with several owners; called alike on all ranks."""
+        for owners in sorted({p for p in places if len(p) > 1} - self.shared_groups.keys()):
+            for ranks in zip(*(self.stages[p].mesh.tolist() for p in owners), strict=True):
+                group = dist.new_group(list(ranks))
+                if dist.get_rank() in ranks:
+                    self.shared_groups[owners] = group
+
+    def stage_mesh(self, place: int) -> DeviceMesh:
+        """The mesh that shards parameters of stages at a place of the pipeline."""
+        if self.stages:
+            return self.stages[place]
+        assert self.mesh is not None
+        return self.mesh
 
     @property
     def is_first_rank(self) -> bool:
@@ -108,10 +152,10 @@ class Job:
 
     @cached_property
     def agreement(self) -> Agreement | None:
-        if self.mesh is None or compat.is_fake_group(self.group):
+        if self.mesh is None or self.mesh.size() == 1 or compat.is_fake_group(self.group):
             return None
         ranks = compat.group_ranks(self.group)
-        scope = f"autodist/agreement/{self.number}"
+        scope = f"autodist/agreement/{self.number}/{self.label}"
         return Agreement(
             compat.default_store(), ranks, dist.get_rank(), self.plan.timeout, scope
         )
@@ -183,20 +227,25 @@ def start_job(plan: Plan, device: torch.device, alone: bool = False) -> Job:
     if ranks > 1 and not dist.is_initialized():
         _init_process_group(device)
     resolved = plan.resolve(ranks, detect(device).name)
-    mesh = sequence = None
+    mesh = sequence = pipeline = None
+    stages: tuple[DeviceMesh, ...] = ()
     if ranks > 1:
         kind = "cpu" if device.type == "meta" else device.type
         mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("dp",))
-        if not compat.is_fake_group(compat.mesh_group_name(mesh)):
-            compat.set_group_timeout(mesh.get_group(), resolved.timeout)
-        if resolved.sp > 1:
-            grid = init_device_mesh(kind, (ranks // resolved.sp, resolved.sp), mesh_dim_names=("dp", "sp"))
-            sequence = grid["sp"]
-            if not compat.is_fake_group(compat.mesh_group_name(sequence)):
-                compat.set_group_timeout(sequence.get_group(), resolved.timeout)
-    job = Job(resolved, device, mesh, sequence)
-    if mesh is not None:
-        mesh._autodist_job = job  # type: ignore[attr-defined]
+        assert resolved.dp is not None
+        sizes, names = (resolved.dp, resolved.pp, resolved.sp), ("dp", "pp", "sp")
+        grid = init_device_mesh(kind, sizes, mesh_dim_names=names)
+        sequence = grid["sp"] if resolved.sp > 1 else None
+        if resolved.pp > 1:
+            pipeline = grid["pp"]
+            places = [grid.mesh[:, p, :].flatten() for p in range(resolved.pp)]
+            # Made by all ranks, in one order; a rank is a member of one of them.
+            stages = tuple(DeviceMesh(kind, ranks, mesh_dim_names=("dp",)) for ranks in places)
+    job = Job(resolved, device, mesh, sequence, pipeline, stages)
+    for made in (m for m in (mesh, sequence, pipeline, *stages) if m is not None):
+        made._autodist_job = job  # type: ignore[attr-defined]
+        if made.get_coordinate() is not None and not compat.is_fake_group(compat.mesh_group_name(made)):
+            compat.set_group_timeout(made.get_group(), resolved.timeout)
     if job.is_first_rank and ranks == num_ranks():
         log.info("plan: %s", resolved)
     return job

@@ -21,6 +21,9 @@ DEVICE = "device"
 _OF_THE_DEVICE = 0.9  # the rest is the driver's, the collectives', and what the allocator cannot fill
 _PRECISIONS = ("fp32", "bf16")
 _OUTPUTS = ("withheld", "gathered", "sharded")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+SEVERAL_STAGES = ("interleaved", "zero-bubble")
+"""Schedules in which a rank may have several stages."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -38,6 +41,18 @@ class Plan:
     dp:         number of data-parallel ranks; derived from the number of ranks when None.
     sp:         ranks that share a batch, each computing a part of its sequences (Ulysses,
                 arXiv:2309.14509). The number of attention heads must be a multiple of it.
+    pp:         ranks that share a model's layers, each holding a part of them (a pipeline). They share a
+    batch,
+                too, which is made in microbatches.
+    microbatches: parts that a batch is made in, at most its rows; None for four for each of the ``pp`` ranks.
+    schedule:   the order of the microbatches' forwards and backwards: "gpipe", "1f1b", "interleaved" (several
+                stages a rank, arXiv:2104.04473) or "zero-bubble" (gradients of weights fill the gaps,
+                arXiv:2401.10241).
+    stages:     pieces that the model is cut into, a multiple of ``pp``; None for ``pp``, or twice that where
+    the
+                schedule can use it.
+    cuts:       path of a JSON file with the cuts between stages, as ``autodist inspect`` shows them; None to
+                have them chosen.
     outputs:    what becomes of large results that are sharded over sequences (logits): "withheld" gives
                 a stand-in that says so when it is used, "gathered" the whole, "sharded" a DTensor.
     strict:     refuse a program with an operator for which sequences would have to be gathered.
@@ -57,6 +72,11 @@ class Plan:
     zero: int = 3
     dp: int | None = None
     sp: int = 1
+    pp: int = 1
+    microbatches: int | None = None
+    schedule: str = "1f1b"
+    stages: int | None = None
+    cuts: str | None = None
     outputs: str = "withheld"
     strict: bool = False
     precision: str = "fp32"
@@ -71,6 +91,14 @@ class Plan:
         positive = self.dp is None or (type(self.dp) is int and self.dp > 0)
         _require("dp", self.dp, positive, "a positive number of ranks, or None to derive it")
         _require("sp", self.sp, type(self.sp) is int and self.sp > 0, "a positive number of ranks")
+        _require("pp", self.pp, type(self.pp) is int and self.pp > 0, "a positive number of ranks")
+        for name in ("microbatches", "stages"):
+            given = getattr(self, name)
+            positive = given is None or (type(given) is int and given > 0)
+            _require(name, given, positive, "a positive number, or None")
+        _require("schedule", self.schedule, self.schedule in SCHEDULES, _either(SCHEDULES))
+        _require("cuts", self.cuts, self.cuts is None or isinstance(self.cuts, str), "a path, or None")
+        self._check_stages()
         _require("outputs", self.outputs, self.outputs in _OUTPUTS, _either(_OUTPUTS))
         _require("strict", self.strict, type(self.strict) is bool, "True or False")
         _require("precision", self.precision, self.precision in _PRECISIONS, _either(_PRECISIONS))
@@ -85,6 +113,25 @@ class Plan:
                 hardware(self.hardware)
             except ValueError as error:
                 raise PlanError(f"plan field 'hardware': {error}") from None
+
+    def _check_stages(self) -> None:
+        if self.stages is not None:
+            whole = self.stages % self.pp == 0
+            _require("stages", self.stages, whole, f"a multiple of pp={self.pp}, or None")
+            several = self.schedule in SEVERAL_STAGES
+            one = f"pp={self.pp} with schedule {self.schedule!r}, which has one stage a rank"
+            _require("stages", self.stages, several or self.stages == self.pp, one)
+        if self.pp > 1 and self.outputs == "sharded":
+            raise PlanError(
+                "plan field 'outputs' is 'sharded', and with pp results lie on the ranks of one stage "
+                "alone; use "
+                "'withheld' or 'gathered'"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Pieces that the model is cut into."""
+        return self.stages or (2 * self.pp if self.schedule in SEVERAL_STAGES else self.pp)
 
     def memory_on(self, device: int | None) -> int | None:
         """``memory`` in bytes, on a device with so many; None where there is no bound."""
@@ -142,19 +189,23 @@ class Plan:
 
     def resolve(self, num_ranks: int, hardware: str) -> Plan:
         """This plan on ``num_ranks`` ranks; raises :class:`PlanError` when it cannot run on them."""
-        if num_ranks % self.sp:
-            legal = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
-            raise PlanError(
-                f"plan field 'sp' is {self.sp}, which does not divide the {num_ranks} ranks that are "
-                f"running; use one of {legal}, or start another number of ranks"
-            )
-        dp = num_ranks // self.sp
+        for name, size, of in (("sp", self.sp, num_ranks), ("pp", self.pp, num_ranks // self.sp)):
+            if of % size:
+                legal = ", ".join(str(n) for n in range(1, of + 1) if of % n == 0)
+                beside = f" with sp={self.sp}" if name == "pp" and self.sp > 1 else ""
+                raise PlanError(
+                    f"plan field {name!r} is {size}, which does not divide the {num_ranks} ranks that are "
+                    f"running{beside}; use one of {legal}, or start another number of ranks"
+                )
+        each = self.sp * self.pp
+        dp = num_ranks // each
         if self.dp is not None and self.dp != dp:
+            given = " and ".join(f"{n}={getattr(self, n)}" for n in ("sp", "pp") if n == "sp" or self.pp > 1)
             raise PlanError(
-                f"plan field 'dp' is {self.dp}, but {num_ranks} ranks are running with sp={self.sp}; "
-                f"leave it out, or start {self.dp * self.sp} ranks"
+                f"plan field 'dp' is {self.dp}, but {num_ranks} ranks are running with {given}; "
+                f"leave it out, or start {self.dp * each} ranks"
             )
-        zero = self.zero if num_ranks > 1 else 0
+        zero = self.zero if dp * self.sp > 1 else 0
         return dataclasses.replace(self, zero=zero, dp=dp, hardware=self.hardware or hardware)
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
@@ -34,10 +35,12 @@ from autodist.runtime.parameters import (
     MovedParameterError,
     adopt,
     distribute,
+    placement_of,
     plain_parameters,
     read_through,
     replace_parameters,
 )
+from autodist.runtime.stage_parameters import absent, is_here, own, owners
 
 
 class PrepareError(ValueError):
@@ -50,6 +53,7 @@ def prepare(
     *,
     device: torch.device | str | None = None,
     init: Callable[[nn.Module], None] | None = None,
+    batch: Any = None,
 ) -> nn.Module:
     """Shard ``model``'s parameters over all ranks, in place, and return it.
 
@@ -61,11 +65,14 @@ def prepare(
     the same model built whole under the same seed, if its constructors draw no random numbers of their own
     (those of Hugging Face's GPT-2 and ViT do): then they are other draws from the same distributions.
 
+    With ``pp`` a parameter lies on the ranks whose stages use it. Which those are is found by tracing the
+    model on ``batch``, its arguments in training (a dict of keyword arguments, a tuple, or one value; sizes
+    matter, values do not); without one it is found at the first call of the compiled model.
+
     On one rank the model is only initialised. Raises :class:`PlanError` for a plan that cannot run here,
     :class:`PrepareError` for a model that cannot be sharded, and
     :class:`~autodist.runtime.agreement.DisagreementError` when ranks have different models or plans.
     """
-    wanted = Plan.make(plan)
     adopt(model)
     job = prepared_job(model)
     if job is not None:
@@ -73,22 +80,42 @@ def prepare(
         if not any(True for _ in plain_parameters(model)):
             return model
     else:
-        job = start_job(wanted, _device_of(model, device))
+        job = start_job(Plan.make(plan), device_of(model, device))
+    if job.plan.pp > 1:
+        from autodist.pipeline import shard_on_batch  # which compiles, and so stands above this
+
+        return shard_on_batch(model, job, batch, init)
+    return shard_model(model, job, init)
+
+
+def shard_model(
+    model: nn.Module,
+    job: Job,
+    init: Callable[[nn.Module], None] | None = None,
+    places: Mapping[str, tuple[int, ...]] | None = None,
+) -> nn.Module:
+    """Shard a model that has not been prepared over ``job``'s ranks, as :func:`prepare` says.
+
+    ``places`` says of each parameter, by name, which places of a pipeline hold it; None: there is no
+    pipeline.
+    """
+    job.model = weakref.ref(model)
     _refuse(model)
+    if places is not None:
+        job.share(places.values())
     if job.mesh is not None:
         _refuse_optimizers(model)
         _refuse_gradients(model)
     _agree(model, job)
-    shard = job.plan.zero > 0
     if job.mesh is None:
-        _materialise(model, job, init)
+        _materialise(model, job, init, places)
         _repoint_optimizers(model)
         return model
     if _on_meta(model):
-        _materialise(model, job, init)
+        _materialise(model, job, init, places)
     _share(model, job)
     # Ranks hold the same values now; keep this rank's rows of what is still whole.
-    replace_parameters(model, lambda name, parameter: _sharded(parameter, job, shard))
+    replace_parameters(model, lambda name, parameter: _sharded(name, parameter, job, places))
     model.register_load_state_dict_pre_hook(_shard_state)
     _repoint_optimizers(model)
     return model
@@ -101,7 +128,11 @@ def _shard_state(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
         fits = isinstance(given, torch.Tensor) and given.shape == parameter.shape
         if fits and isinstance(parameter, DTensor) and not isinstance(given, DTensor):
             sharded = parameter.placements[0].is_shard()
-            state[prefix + name] = distribute(given.to(parameter.device), parameter.device_mesh, sharded)
+            mesh, whole = parameter.device_mesh, given.to(parameter.device)
+            if is_here(parameter):
+                state[prefix + name] = distribute(whole, mesh, sharded)
+            else:
+                state[prefix + name] = absent(whole, mesh, parameter.placements[0])
 
 
 def prepared_job(model: nn.Module) -> Job | None:
@@ -124,10 +155,17 @@ def check_same_plan(plan: Plan, options: PlanLike) -> None:
             )
 
 
-def _sharded(parameter: nn.Parameter, job: Job, shard: bool) -> nn.Parameter:
-    assert job.mesh is not None
-    value = distribute(parameter.detach(), job.mesh, shard)
-    return _mark(nn.Parameter(value, requires_grad=parameter.requires_grad), job)
+def _sharded(
+    name: str, parameter: nn.Parameter, job: Job, places: Mapping[str, tuple[int, ...]] | None
+) -> nn.Parameter:
+    whole, shard = parameter.detach(), job.plan.zero > 0
+    mine = () if places is None else places[name]
+    if mine and job.place not in mine:
+        value = absent(whole, job.stage_mesh(mine[0]), placement_of(whole.shape, shard))
+    else:
+        value = distribute(whole, job.stage_mesh(job.place), shard)
+    made = _mark(nn.Parameter(value, requires_grad=parameter.requires_grad), job)
+    return own(made, mine) if mine else made
 
 
 def _mark(parameter: nn.Parameter, job: Job) -> nn.Parameter:
@@ -135,7 +173,7 @@ def _mark(parameter: nn.Parameter, job: Job) -> nn.Parameter:
     return parameter
 
 
-def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+def device_of(model: nn.Module, device: torch.device | str | None = None) -> torch.device:
     if device is not None:
         return torch.device(device)
     found = {p.device for p in model.parameters() if p.device.type != "meta"}
@@ -221,7 +259,7 @@ def _whole_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             yield name, parameter
-        elif parameter.placements[0].is_replicate():
+        elif parameter.placements[0].is_replicate() and not owners(parameter):
             yield name, parameter.to_local()
     for name, buffer in model.named_buffers():
         if not isinstance(buffer, DTensor):
@@ -240,16 +278,20 @@ def _on_meta(model: nn.Module) -> bool:
     return bool(meta)
 
 
-def _materialise(model: nn.Module, job: Job, init: Callable[[nn.Module], None] | None) -> None:
+def _materialise(
+    model: nn.Module,
+    job: Job,
+    init: Callable[[nn.Module], None] | None,
+    places: Mapping[str, tuple[int, ...]] | None,
+) -> None:
     """Give a meta model memory; sharded as it goes when there are several ranks."""
     if not _on_meta(model):
         return
-    shard = job.plan.zero > 0
 
     def convert(name: str, whole: nn.Parameter) -> nn.Parameter:
         if job.mesh is None:
             return whole
-        made = _sharded(whole, job, shard)
+        made = _sharded(name, whole, job, places)
         made._autodist_name = name  # type: ignore[attr-defined]
         return made
 

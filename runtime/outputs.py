@@ -45,9 +45,11 @@ class WithheldOutput(Tensor):
         with compat.plain_functions():
             shape = tuple(shown.shape)
         raise WithheldOutputError(
-            f"this output of shape {shape} lies in pieces on the ranks that share its sequences, and "
-            "the plan does not gather it (it can be the largest tensor of a step). Compute the loss inside "
-            'the compiled model, or set outputs="gathered" or outputs="sharded" in the plan.'
+            f"this output of shape {shape} lies on other ranks, or in pieces on the ranks that share its "
+            "sequences, "
+            "and the plan does not gather it (it can be the largest tensor of a step). Compute the loss "
+            "inside "
+            'the compiled model, or set outputs="gathered" (with sp also "sharded") in the plan.'
         )
 
 
@@ -95,12 +97,17 @@ def returned(
     shape = [*local.shape]
     shape[kept.dim] = length
     if not as_dtensor:
-        return torch.empty(shape, dtype=local.dtype, device="meta").as_subclass(WithheldOutput)
+        return withheld(shape, local.dtype)
     mine = local.narrow(kept.dim, 0, dialect.local_rows(length, mesh.size(), mesh.get_local_rank()))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         mine, mesh, [Shard(kept.dim)], run_check=False, shape=torch.Size(shape), stride=stride
     )
+
+
+def withheld(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A stand-in for a result that lies elsewhere, or in pieces."""
+    return torch.empty(tuple(shape), dtype=dtype, device="meta").as_subclass(WithheldOutput)
 
 
 class SameBatch:
@@ -124,9 +131,10 @@ class SameBatch:
         if not bool((all_ranks == all_ranks[0]).all()):
             ranks = compat.group_ranks(self._group)
             raise DifferentBatchError(
-                f"ranks {ranks} split each sequence among them (plan field 'sp') and were given different "
-                f"batches; this is rank {dist.get_rank()}. Give all ranks of a group the same batch: shard "
-                "the data by rank // sp, not by rank."
+                f"ranks {ranks} share their batch (plan fields 'sp' and 'pp') and were given different ones; "
+                f"this is rank {dist.get_rank()}. Give all ranks of a group the same batch: shard the data "
+                "by "
+                "rank // (sp * pp), not by rank."
             )
 
 

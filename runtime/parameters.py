@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from autodist.runtime import compat, dialect
+from autodist.runtime import compat, dialect, stage_parameters
 from autodist.runtime.compat import tree_any, tree_map
+from autodist.runtime.stage_parameters import is_here, owners
 
 DP_AXIS = "dp"
 
@@ -72,6 +73,8 @@ def unshard(parameter: Tensor, divisor: int | None = None) -> Tensor:
     """
     if not isinstance(parameter, DTensor):
         return parameter
+    if not is_here(parameter) or owners(parameter):
+        return _read_of_stage(parameter)
     mesh = parameter.device_mesh
     group = compat.mesh_group_name(mesh)
     leaf = getattr(parameter, "_autodist_leaf", None)
@@ -88,6 +91,25 @@ def unshard(parameter: Tensor, divisor: int | None = None) -> Tensor:
     with contextlib.nullcontext() if monitor is None else monitor.guard(f"a read of '{name}'"):
         check_same(name, f"reads '{name}'", group, local.device)
         whole = _gather(parameter, local, group, divisor).as_subclass(GatheredWeight)
+    whole.weight_name = name
+    return whole
+
+
+def _read_of_stage(parameter: DTensor) -> Tensor:
+    """A pipeline's weight: gathered by the ranks that hold it, and sent to the others."""
+    name = parameter_name(parameter)
+    if name is None:  # in a graph being captured: a stand-in, as the pipeline has its own reads
+        return parameter.to_local().new_empty(parameter.shape) + parameter.to_local().sum()
+    job = parameter._autodist_job
+    pipeline = compat.mesh_group_name(job.pipeline)
+    with contextlib.nullcontext() if job.monitor is None else job.monitor.guard(f"a read of '{name}'"):
+        check_same(name, f"reads '{name}'", pipeline, parameter.device)
+        mine = None
+        if is_here(parameter):
+            with torch.no_grad():
+                group = compat.mesh_group_name(parameter.device_mesh)
+                mine = _gather(parameter, parameter.to_local(), group, 1)
+        whole = stage_parameters.whole_value(parameter, mine, pipeline).as_subclass(GatheredWeight)
     whole.weight_name = name
     return whole
 

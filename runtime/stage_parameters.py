@@ -1,0 +1,125 @@
+"""Parameters of a pipeline: each on the ranks of its stage, nothing of it elsewhere.
+
+Ranks at one *place* of their pipelines hold the same stages, and shard the parameters of those over a mesh
+of their own. A parameter's *owners* are the places of the stages that use it, in order; one that several use
+has a copy at each. On an owner it is a DTensor over the owner's mesh; on any other rank it is a DTensor over
+the first owner's mesh, of which that rank is no member: with the parameter's shape and name and without
+memory. Optimizers skip it there, as it never has a gradient.
+
+Invariants: copies of a parameter stay equal (their gradients are summed before anybody sees them); a norm of
+gradients of one stage's parameters, which is not the model's, is refused (:class:`StageGradient`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from autodist.runtime import compat
+
+_OWNERS = "_autodist_owners"
+
+
+class StageGradientError(RuntimeError):
+    """Something is asked of one stage's parameters or gradients that only the whole model's can answer."""
+
+
+class StageGradient(DTensor):
+    """A gradient of a pipeline's parameter: a DTensor whose norm is refused, as it is one stage's alone."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _NORMS:
+            raise StageGradientError(
+                "the norm of these gradients is that of one pipeline stage, not of the model: clip with "
+                "autodist.clip_grad_norm_(model.parameters(), max_norm), which returns the model's norm. "
+                "(One "
+                "gradient's norm: p.grad.full_tensor().norm().)"
+            )
+        with compat.plain_functions():
+            return func(*args, **(kwargs or {}))
+
+
+_NORMS = {
+    torch.linalg.vector_norm,
+    torch.linalg.norm,
+    torch.norm,
+    Tensor.norm,
+    torch._foreach_norm,
+}
+
+
+def owners(parameter: Tensor) -> tuple[int, ...]:
+    """Places of a pipeline that hold ``parameter``; empty where there is no pipeline."""
+    return getattr(parameter, _OWNERS, ())
+
+
+def own(parameter: nn.Parameter, places: tuple[int, ...]) -> nn.Parameter:
+    """Note ``parameter``'s owners; what autograd gives it is a :class:`StageGradient`."""
+    setattr(parameter, _OWNERS, places)
+    if parameter.requires_grad:
+        parameter.register_post_accumulate_grad_hook(as_stage_gradient)
+    return parameter
+
+
+def as_stage_gradient(parameter: Tensor) -> None:
+    """Have a parameter's gradient refuse its norm."""
+    grad = parameter.grad
+    if type(grad) is DTensor:
+        spec = compat.specification(grad)
+        parameter.grad = compat.dtensor_of(compat.local_part(grad), spec, False, StageGradient)
+
+
+def is_here(parameter: DTensor) -> bool:
+    """Whether this rank holds a part of ``parameter``."""
+    return parameter.device_mesh.get_coordinate() is not None
+
+
+def absent(value: Tensor, mesh: DeviceMesh, placement: Any) -> DTensor:
+    """What stands on this rank for a parameter like ``value`` that lies on ``mesh``, elsewhere."""
+    local = value.new_empty((0, *value.shape[1:]))
+    stride = torch.empty(value.shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, [placement], run_check=False, shape=value.shape, stride=stride)
+
+
+def whole_value(parameter: DTensor, mine: Tensor | None, group: str) -> Tensor:
+    """A parameter's value on every rank of the pipeline ``group``: its first owner, which has it as ``mine``,
+    sends it to the others. It cannot be differentiated."""
+    source = compat.group_ranks(group)[owners(parameter)[0]]
+    shape = (parameter.shape, parameter.dtype, parameter.device)
+    value = mine.contiguous() if mine is not None else torch.empty(shape[0], dtype=shape[1], device=shape[2])
+    if not compat.is_fake_group(group):
+        dist.broadcast(value.detach(), source, group=compat.process_group(group))
+    return not_differentiable(value, parameter) if parameter.requires_grad else value
+
+
+def not_differentiable(value: Tensor, parameter: Tensor) -> Tensor:
+    """``value``, which depends on ``parameter``, and whose backward is an error rather than nothing."""
+    return _NotDifferentiable.apply(value, parameter)  # type: ignore[no-any-return]
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """A read whose gradient nobody could use: says so in the backward, where it would be lost."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, parameter: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise StageGradientError(
+            "a loss was differentiated that was computed from a pipeline's weights or results outside of "
+            "the compiled "
+            "program, where they can be read but not trained. The compiled program returns one loss, its "
+            "first "
+            "result that is one number: compute all of it there, without graph breaks "
+            "(TORCH_LOGS=graph_breaks "
+            "shows them)."
+        )
