@@ -10,14 +10,18 @@ __version__ = "0.1.0"
 
 from autodist import backend  # noqa: F401  (watches optimizers from now on)
 from autodist.checkpoint import export, load, save
+from autodist.clip import clip_grad_norm_
 from autodist.passes.analysis.placement import PlacementError
+from autodist.passes.analysis.stages import StageError
 from autodist.passes.base import StepError
+from autodist.pipeline import PipelineError
 from autodist.plan import Plan, PlanError
 from autodist.prepare import PrepareError, prepare
 from autodist.runtime.agreement import DisagreementError, MissingRanksError
 from autodist.runtime.monitor import PeerError
 from autodist.runtime.outputs import DifferentBatchError, WithheldOutputError
 from autodist.runtime.parameters import LostWriteError, MixedReadError, MovedParameterError
+from autodist.runtime.stage_parameters import StageGradientError
 from autodist.train_step import train_step
 from autodist.verify import Report, verify
 
@@ -29,14 +33,18 @@ __all__ = [
     "MixedReadError",
     "MovedParameterError",
     "PeerError",
+    "PipelineError",
     "PlacementError",
     "Plan",
     "PlanError",
     "PrepareError",
     "Report",
+    "StageError",
+    "StageGradientError",
     "StepError",
     "WithheldOutputError",
     "__version__",
+    "clip_grad_norm_",
     "export",
     "load",
     "prepare",

@@ -21,8 +21,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autodist.compiler import compile_graph
 from autodist.job import Job, job_of, num_ranks, start_job
+from autodist.pipeline import pipelined, shard_by_stages
 from autodist.plan import Plan, PlanError, PlanLike
-from autodist.prepare import PrepareError, check_same_plan, prepare, repoint
+from autodist.prepare import PrepareError, check_same_plan, device_of, prepare, repoint
 from autodist.runtime import compat
 from autodist.runtime.parameters import parameter_name
 
@@ -43,13 +44,16 @@ def autodist(
         raise PlanError(f"mode must be one of {', '.join(compat.inductor_modes())}; got {mode!r}")
     plain = [x for x in inputs if isinstance(x, nn.Parameter) and not isinstance(x, DTensor)]
     if plain and num_ranks() > 1:
-        _prepare_root(plain, options)
+        _prepare_root(graph, inputs, plain, options)
         compat.retrace()
     job = next((j for j in map(job_of, inputs) if j is not None), None)
     if job is None:
-        job = _local_job(dataclasses.replace(Plan.make(options), dp=None, sp=1), _device(inputs))
+        alone = dataclasses.replace(Plan.make(options), dp=None, sp=1, pp=1, stages=None)
+        job = _local_job(alone, _device(inputs))
     else:
         check_same_plan(job.plan, options)
+    if job.pipeline is not None:
+        return pipelined(graph, inputs, job)
     return compile_graph(graph, inputs, job, mode)
 
 
@@ -64,11 +68,16 @@ def _device(inputs: Sequence[Any]) -> torch.device:
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
-def _prepare_root(plain: Sequence[nn.Parameter], options: PlanLike) -> None:
+def _prepare_root(
+    graph: GraphModule, inputs: Sequence[Any], plain: Sequence[nn.Parameter], options: PlanLike
+) -> None:
     wanted = {id(p) for p in plain}
     for module in _candidates():
         if wanted <= {id(p) for p in module.parameters()}:
-            prepare(module, options)
+            if Plan.make(options).pp > 1:
+                shard_by_stages(graph, inputs, module, start_job(Plan.make(options), device_of(module)))
+            else:
+                prepare(module, options)
             return
     shapes = ", ".join(str(tuple(p.shape)) for p in plain[:3])
     raise PrepareError(

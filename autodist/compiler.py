@@ -216,6 +216,11 @@ class Compilation:
             largest=self.job.largest,
         )
 
+    @classmethod
+    def plain_context(cls, job: Job, names: Mapping[int, str]) -> Context:
+        """What a pass may know of a program as it was captured."""
+        return cls(job, dict(names), GraphReport(0), 0, "").context(Phase.CAPTURED)
+
     def transform(self, graph: GraphModule, phase: Phase) -> GraphModule:
         context, records = self.context(phase), self.report.records
         return run_passes(graph, self._passes(), context, records, self.job.keep_text)
@@ -225,14 +230,14 @@ class Compilation:
     ) -> tuple[GraphModule, GraphModule]:
         """Joint graph to scheduled forward and backward parts; the partitioner AOTAutograd calls."""
         joint = self.transform(joint, Phase.JOINT)
-        program = self._program(joint)
-        forward, backward = self._split(joint, inputs, **options)
+        program = self.program_text(joint)
+        forward, backward = self.split(joint, inputs, **options)
         forward = self.transform(forward, Phase.FORWARD_PART)
         backward = self.transform(backward, Phase.BACKWARD_PART)
-        self._finish({"forward": forward, "backward": backward}, program)
+        self.finish({"forward": forward, "backward": backward}, program)
         return forward, backward
 
-    def _split(
+    def split(
         self, joint: GraphModule, inputs: Sequence[Any], **options: Any
     ) -> tuple[GraphModule, GraphModule]:
         context = self.context(Phase.JOINT)
@@ -390,9 +395,9 @@ class Compilation:
         """A graph without gradients, or a whole training step, scheduled."""
         if not self.is_step:
             graph = self.transform(graph, Phase.JOINT)
-        program = self._program(graph)
+        program = self.program_text(graph)
         graph = self.transform(graph, Phase.STEP if self.is_step else Phase.FORWARD_PART)
-        self._finish({self.whole_name: graph}, program)
+        self.finish({self.whole_name: graph}, program)
         return graph
 
     @property
@@ -457,16 +462,16 @@ class Compilation:
         self.beside = sum(map(num_bytes, others))
         lasting = [i for i, n in enumerate(region.inputs) if n.op == "placeholder"]
         counts = {"num_fwd_outputs": len(region.outputs), "static_lifetime_input_indices": lasting}
-        parts = Parts(*self._split(joint, inputs, **counts))
+        parts = Parts(*self.split(joint, inputs, **counts))
         self.policies = policies
         return parts
 
-    def _program(self, graph: GraphModule) -> str:
+    def program_text(self, graph: GraphModule) -> str:
         """The program before partitioning and lowering, without what legitimately differs by rank."""
         labels = self.job.group_labels
         return "\n".join(graph_lines(graph, group_labels=labels, mask_sizes=True))
 
-    def _finish(self, parts: dict[str, GraphModule], program: str) -> None:
+    def finish(self, parts: dict[str, GraphModule], program: str) -> None:
         sizes = self.job.group_sizes
         for name, part in parts.items():
             self.report.timelines[name] = simulate(

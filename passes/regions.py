@@ -348,7 +348,7 @@ def joint_of(program: GraphModule, region: Region) -> tuple[GraphModule, tuple[l
     loss = region.loss.meta["val"]
     with compat.fake_mode_of([loss]) or contextlib.nullcontext():
         tangent = torch.ones_like(loss)
-    graph = compat.trace_joint(torch.fx.Interpreter(program).run, primals, leaves, tangent)
+    graph = compat.trace_joint(torch.fx.Interpreter(program).run, primals, leaves, [tangent])
     graph.graph.eliminate_dead_code()
     fill_values(graph)
     for node, source in zip(graph.graph.find_nodes(op="placeholder"), region.inputs, strict=False):

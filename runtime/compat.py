@@ -139,9 +139,11 @@ def _known_size(size: int | torch.SymInt) -> int | None:
     return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
 
 
-def dtensor_of(local: torch.Tensor, spec: Any, requires_grad: bool) -> DTensor:
+def dtensor_of(
+    local: torch.Tensor, spec: Any, requires_grad: bool, kind: type[DTensor] = DTensor
+) -> DTensor:
     """A DTensor of this rank's part and the specification of another one."""
-    return DTensor(local, spec, requires_grad=requires_grad)  # type: ignore[call-arg]
+    return kind(local, spec, requires_grad=requires_grad)  # type: ignore[call-arg]
 
 
 def specification(tensor: DTensor) -> Any:
@@ -251,13 +253,14 @@ def trace_joint(
     function: Callable[..., Sequence[Any]],
     primals: Sequence[Any],
     leaves: Sequence[int],
-    tangent: torch.Tensor,
+    tangents: Sequence[torch.Tensor],
+    losses: Sequence[int] = (0,),
 ) -> torch.fx.GraphModule:
     """Forward and backward of ``function`` as one functional graph of (primals, tangents).
 
-    It returns what ``function(*primals)`` does, then the gradients of the first result with respect to the
-    primals ``leaves``. Operators are those that Inductor takes, but that random ones are left whole: taken
-    apart they draw other numbers.
+    It returns what ``function(*primals)`` does, then the gradients of the results ``losses``, given
+    theirs, with respect to the primals ``leaves``. Operators are those that Inductor takes, but that random
+    ones are left whole: taken apart they draw other numbers.
     """
     import torch.fx.traceback
     from torch._inductor.decomposition import select_decomp_table
@@ -268,9 +271,8 @@ def trace_joint(
         own = [p.detach().requires_grad_() if i in leaves else p for i, p in enumerate(primals)]
         results = function(*own)
         wanted = [own[i] for i in leaves]
-        found = torch.autograd.grad(
-            results[0], wanted, tangents[0], allow_unused=True, materialize_grads=True
-        )
+        of = [results[i] for i in losses]
+        found = torch.autograd.grad(of, wanted, tangents, allow_unused=True, materialize_grads=True)
         return [*(r.detach() if isinstance(r, torch.Tensor) else r for r in results), *found]
 
     functional = dispatch_functionalize(differentiated, FunctionalTensorMode())
@@ -281,12 +283,12 @@ def trace_joint(
     table = {op: rule for op, rule in select_decomp_table().items() if not is_random(op)}
     trace = make_fx(joint, table, tracing_mode="real", _allow_non_fake_inputs=True)
     with (
-        fake_mode_of([tangent]) or contextlib.nullcontext(),
+        fake_mode_of([*tangents, *primals]) or contextlib.nullcontext(),
         torch.enable_grad(),
         torch.fx.traceback.preserve_node_meta(),
         torch.autograd.set_multithreading_enabled(False),
     ):
-        return trace(list(primals), [tangent])
+        return trace(list(primals), list(tangents))
 
 
 def input_descriptor(number: int) -> Any:
@@ -551,6 +553,18 @@ def returns_to_user() -> bool:
     translator = current.output.root_tx
     own = _owner(translator)
     return not known or (any(own is r for r in known) and _function(translator) in _forward_names(own))
+
+
+def ignore_logged_warnings() -> bool:
+    """Have Dynamo skip the warnings that libraries log once, which break a graph; whether it did not
+    before."""
+    ignored = torch._dynamo.config.ignore_logging_functions
+    module = sys.modules.get("transformers.utils.logging")
+    warn = getattr(module, "warning_once", None)
+    if warn is None or warn in ignored:
+        return False
+    ignored.add(warn)
+    return True
 
 
 def _function(translator: Any) -> str:
@@ -961,6 +975,26 @@ def add_each(totals: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> N
     """Add each term to its total, in place; on an accelerator in few kernels."""
     if totals:
         torch._foreach_add_(list(totals), list(terms))
+
+
+def compile_part(graph: torch.fx.GraphModule, is_backward: bool, options: dict[str, Any]) -> Any:
+    """A functional graph of Inductor's operators as a function that takes and returns a list.
+
+    Its results have the strides of the graph's values; it may empty the list it is given.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner, record_original_output_strides
+
+    inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+    output = graph.graph.find_nodes(op="output")[0]
+    results = output.args[0]
+    tensors = [i for i, n in enumerate(results) if isinstance(n, torch.fx.Node)]
+    output.meta["user_visible_output_idxs"] = tensors
+    record_original_output_strides(graph)
+    mode = fake_mode_of(inputs) or fake_mode_of([n.meta.get("val") for n in graph.graph.nodes])
+    assert mode is not None
+    with compiling_in(mode), torch.no_grad(), config.patch(**options):
+        return compile_fx_inner(graph, inputs, is_backward=is_backward)
 
 
 def emitted_program(compiled: Any) -> str:

@@ -1166,7 +1166,7 @@ def test_forward_and_backward_are_traced_together() -> None:
     x, weight = (compat.fake_of(mode, torch.randn(3), set(), i) for i in range(2))
     with mode:
         tangent = torch.ones(())
-    graph = compat.trace_joint(lambda x, w: [(x * w).sin().sum(), x + 1], [x, weight], [1], tangent)
+    graph = compat.trace_joint(lambda x, w: [(x * w).sin().sum(), x + 1], [x, weight], [1], [tangent])
     inputs = graph.graph.find_nodes(op="placeholder")
     assert [str(n.target).split("_")[0] for n in inputs] == ["primals", "primals", "tangents"]
     assert [compat.is_tangent(n) for n in inputs] == [False, False, True]
