@@ -27,6 +27,9 @@ class Program:
     inputs: Inputs
     values: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return self.graph.code
+
 
 def captured(model: nn.Module, batch: dict[str, Tensor]) -> Program:
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
