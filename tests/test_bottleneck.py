@@ -108,9 +108,10 @@ def test_as_brute_force(problem: tuple[Costs, Pins, Terms]) -> None:
         assert best == math.inf
     else:
         assert found in plans(len(costs), pins)
-        assert evaluate(costs, found, terms) == pytest.approx(best)
+        # An even plan may cost a thousandth; with these numbers nothing is as close as that.
+        assert evaluate(costs, found, terms) == pytest.approx(best, rel=1e-3)
         seconds, memory = by_hand(costs, found, terms)
-        assert seconds == pytest.approx(best)
+        assert seconds == pytest.approx(best, rel=1e-3)
         assert memory_of(costs, found, terms) == pytest.approx(memory)
         assert terms.memory is None or max(memory) <= terms.memory
         for cut in range(1, pins.num_stages):
@@ -118,7 +119,7 @@ def test_as_brute_force(problem: tuple[Costs, Pins, Terms]) -> None:
             for place, other in others.items():
                 moved = [*found[:cut], place, *found[cut + 1 :]]
                 assert other == pytest.approx(by_hand(costs, moved, terms)[0])
-                assert other >= best - 1e-9 or found[cut] in pins.forced
+                assert other >= best * (1 - 1e-9) or found[cut] in pins.forced
     small = least_memory(costs, pins, terms)
     assert (math.inf if small is None else max(by_hand(costs, small, terms)[1])) == pytest.approx(least)
 
@@ -133,6 +134,16 @@ def test_one_pair_for_each_state_would_not_do() -> None:
     assert found is not None
     best = min(by_hand(costs, ends, terms)[0] for ends in plans(4, free(4, 3)))
     assert evaluate(costs, found, terms) == pytest.approx(best)
+
+
+def test_stages_that_do_not_set_the_pace_are_even() -> None:
+    """One large node sets the pace: the others share what is left, however little that would matter."""
+    forward = np.array([1.0] * 12 + [9.0])
+    zero = np.zeros(14)
+    costs = Costs(forward, forward, zero[:13], np.zeros((14, 2)), zero, zero, [], [()] * 13)
+    for phases in (False, True):
+        terms = Terms(8, in_flight, phases)
+        assert solve(costs, free(13, 5), terms) == [0, 3, 6, 9, 12, 13]
 
 
 def layered(layers: int, period: int, seed: int, tail: float) -> Costs:
@@ -164,7 +175,7 @@ def test_few_blocks_lose_at_most_a_hundredth(seed: int, phases: bool) -> None:
         terms = Terms(8, in_flight, phases, memory)
         best, found = solve(costs, pins, terms), solve(costs, pins, terms, blocks=24)
         assert best is not None and found is not None
-        assert evaluate(costs, best, terms) <= evaluate(costs, found, terms) * (1 + 1e-9)
+        assert evaluate(costs, best, terms) <= evaluate(costs, found, terms) * (1 + 1e-3)
         assert evaluate(costs, found, terms) <= 1.01 * evaluate(costs, best, terms)
         assert memory is None or max(memory_of(costs, found, terms)) <= memory
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,16 +16,20 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Interpreter
 
 from autodist.passes.analysis.bottleneck import Terms
 from autodist.passes.analysis.chain import Chain, Inputs
+from autodist.passes.analysis.cost import gradient_seconds, graph_seconds
 from autodist.passes.analysis.hardware import hardware
 from autodist.passes.analysis.layers import graph_text
 from autodist.passes.analysis.stages import Setting, StageError, StagePlan, partition, priced
 from autodist.passes.stages import Passed, cut
+from autodist.runtime import compat
+from autodist.stage_map import show_stages
 from tests.models import CASES
 from tests.staged import Program, assert_same, captured, plan_of, traced
 
@@ -42,7 +48,7 @@ def setting(microbatches: int = 4, memory: float | None = None, **options: Any) 
 
 ROWS, WIDTH = 3, 4
 STEPS = ("linear", "add", "tanh", "split", "slice", "turn", "flat", "scale", "mask", "quiet", "detach",
-         "sort", "drop", "double", "weights")  # fmt: skip
+         "sort", "drop", "double", "weights", "narrow")  # fmt: skip
 
 
 @st.composite
@@ -90,6 +96,9 @@ def programs(draw: st.DrawFn) -> Program:
                 values.append(torch.cat([top, places.to(a.dtype)], -1))
             elif kind == "drop":
                 values.append(nn.functional.dropout(a, 0.5) + torch.rand(WIDTH))
+            elif kind == "narrow":
+                with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(second % 4 > 0):
+                    values.append((a @ w).tanh().float() + b)
             elif kind == "double":
                 values.append(a + nn.functional.linear(b, w).view(WIDTH, ROWS).t().reshape(ROWS, WIDTH))
             else:
@@ -121,6 +130,30 @@ def flags(passed: Sequence[Passed]) -> list[tuple[str, bool]]:
 
 
 MODELS = ("llama", "llama_tied", "gpt2", "bert", "t5", "qwen3")
+
+
+def test_sizes_that_are_symbols() -> None:
+    """A size read of a value that does not cross is read of one that does; lengths may change."""
+
+    def function(table: Tensor, w: Tensor, ids: Tensor) -> list[Tensor]:
+        x = nn.functional.embedding(ids, table)
+        flat = x.view(x.shape[0] * x.shape[1], 4).tanh()
+        y = (flat @ w).view(x.shape[0], x.shape[1], 4).exp() / ids.shape[1]
+        return [y.sum() / x.shape[0], y]
+
+    mode = compat.shape_tracing_mode()
+    values = [torch.randn(11, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)]
+    ids = torch.randint(0, 11, (2, 5))
+    fakes = [compat.fake_of(mode, v, {0, 1} if v is ids else set(), i) for i, v in enumerate([*values, ids])]
+    graph = compat.trace_before_autograd(function, fakes)
+    table, weight, batch = (n.name for n in graph.graph.find_nodes(op="placeholder"))
+    inputs = Inputs({table: "table", weight: "w"}, frozenset({batch}))
+    chain = Chain(graph, inputs)
+    for place in range(1, len(chain.nodes)):
+        stages = cut(graph, inputs, plan_of([chain.nodes[place].name]))
+        for length in (5, 7):
+            given = [*values, torch.randint(0, 11, (3, length))]
+            assert_same(Program(graph, inputs, dict(zip((table, weight, batch), given, strict=True))), stages)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -418,6 +451,51 @@ def test_checkpoints_and_state_count_in_memory() -> None:
     more = priced(program.graph, program.inputs, plain.cuts, setting(state=5))
     for a, b in zip(plain.stages, more.stages, strict=True):
         assert b.memory - a.memory == a.parameter_bytes
+    for node in program.graph.graph.nodes:
+        node.meta |= compat.checkpoint_tags(1)  # one checkpoint around everything
+    again = priced(program.graph, program.inputs, plain.cuts, setting())
+    for a, b in zip(plain.stages, again.stages, strict=True):
+        assert b.activation_bytes == sum(v.num_bytes for v in b.receives) < a.activation_bytes
+        assert b.forward == a.forward
+        assert a.backward < b.backward <= (a.backward + a.forward) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_seconds_of_a_backward_that_is_not_there_yet(name: str) -> None:
+    """Foretold from the forward, within a seventh of what the same costs say of the joint graph."""
+    torch.manual_seed(0)
+    case = CASES[name]
+    batch = case.batch(torch.Generator().manual_seed(1), length=60)
+    program = captured(case.build(), {k: v for k, v in batch.items() if isinstance(v, Tensor)})
+    placeholders = program.graph.graph.find_nodes(op="placeholder")
+    primals = [n.meta["val"] for n in placeholders]
+    leaves = [i for i, n in enumerate(placeholders) if n.name in program.inputs.parameters]
+    with compat.fake_mode_of(primals) as mode, mode:
+        tangent = torch.ones(())
+    joint = compat.trace_joint(Interpreter(program.graph).run, primals, leaves, tangent)
+    followed = Chain(program.graph, program.inputs).followed
+    both = [
+        *graph_seconds(program.graph.graph, CPU, fused=True).values(),
+        *gradient_seconds(program.graph.graph, CPU, followed, fused=True).values(),
+    ]
+    real = sum(graph_seconds(joint.graph, CPU, fused=True).values())
+    assert sum(both) == pytest.approx(real, rel=0.15)
+
+
+def test_what_draws_is_drawn_once() -> None:
+    """A random number that two stages read is drawn in one and sent; what is computed is made in both."""
+
+    def function(w: Tensor, x: Tensor) -> list[Tensor]:
+        noise, steps = torch.rand(4) + 1, torch.arange(4).sin()
+        y = (x @ w + steps) * noise
+        return [((y @ w + steps) * noise).sum()]
+
+    program = traced(function, [torch.randn(4, 4, requires_grad=True), torch.randn(3, 4)], ["w"])
+    stages = cut(program.graph, program.inputs, plan_of(["matmul_1"]))
+    names = [{n.name for n in s.graph.graph.nodes if n.op == "call_function"} for s in stages]
+    assert "rand" in names[0] and "rand" not in names[1] and "sin" in names[0] & names[1]
+    assert "add" in [p.name for p in stages[0].sent]
+    assert_same(program, stages)
 
 
 def test_ten_thousand_nodes() -> None:
@@ -447,3 +525,19 @@ def test_ten_thousand_nodes() -> None:
     seconds = time.process_time() - start
     assert seconds < 60, seconds
     assert plan.balance < 1.02
+
+
+def test_shown() -> None:
+    program = unet()
+    plan = partition(program.graph, program.inputs, 3, setting())
+    line = 'File "/home/me/model.py", line 31, in forward'
+    plan = replace(plan, stages=(replace(plan.stages[0], first_line=line), *plan.stages[1:]))
+    console = Console(width=200, file=io.StringIO())
+    show_stages(console, plan)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    rows = [row for row in text.splitlines() if row.strip()[:1].isdigit()]
+    assert [row.split()[0] for row in rows[:3]] == ["0", "1", "2"]
+    assert f"{plan.stages[0].first} (model.py:31)" in rows[0] and plan.stages[0].last in rows[0]
+    assert all(f"{v.name} (" in rows[0] for v in plan.stages[1].receives[:4])
+    assert "4 microbatches in" in text and f"{plan.balance:.2f} times the mean" in text
+    assert all(why in text for why in plan.why)

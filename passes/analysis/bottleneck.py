@@ -30,6 +30,9 @@ plan need not contain the best plan of its first stages: each state keeps the Pa
 
 which is exact, since T grows with each of them and each grows with those of the stages before. States whose
 lower bound (the rest of the chain shared evenly among the stages left) exceeds a plan in hand are dropped.
+Where one stage sets the pace, much of the rest is free: of the plans with no larger maxima, and a latency
+larger by no more than a thousandth of T, the most even one is taken: that of the least sum of squares of
+F + B. It holds less memory, and errors of the costs make less of a difference.
 
 *With many positions* only some boundaries are tried. The cheapest block is merged with a neighbour, over the
 dearer of its two boundaries, until few are left. The same is done again with those in ever narrower windows
@@ -49,7 +52,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-_SLACK = 1e-12  # relative: rounding
+_SLACK = 1e-12  # relative: what is equal
+_ROUNDING = 1e-9  # relative: what sums in another order may differ by
+_EVEN = 1e-3  # of T: what an even plan may cost
 _BETTER = 1e-4  # relative gain that is worth another round
 
 
@@ -229,17 +234,17 @@ def solve(costs: Costs, pins: Pins, terms: Terms, blocks: int | None = None) -> 
     time (None: all are, and the plan is optimal)."""
     every = _open(pins)
     if blocks is None or len(every) - 1 <= blocks:
-        return _best(costs, every, pins, terms)
+        best = _fastest(costs, every, pins, terms)
+        return None if best is None else _evened(costs, best, every, pins, terms)
     ends = _thinned(costs, every, pins, blocks)
-    best = _best(costs, ends, pins, terms)
+    best = _fastest(costs, ends, pins, terms)
     if best is None:
-        small = least_memory(costs, pins, terms, blocks)
-        if small is None or terms.memory is None or max(memory_of(costs, small, terms)) > terms.memory:
+        best = least_memory(costs, pins, terms, blocks)
+        if best is None or terms.memory is None or max(memory_of(costs, best, terms)) > terms.memory:
             return None
-        best = _best(costs, sorted({*ends, *small}), pins, terms)
-        assert best is not None  # ``small`` is one
-    return _closer(best, every, costs, pins, blocks, lambda e: _best(costs, e, pins, terms),
+    best = _closer(best, every, costs, pins, blocks, lambda e: _fastest(costs, e, pins, terms),
                    lambda e: evaluate(costs, e, terms))  # fmt: skip
+    return _evened(costs, best, ends, pins, terms)
 
 
 def least_memory(costs: Costs, pins: Pins, terms: Terms, blocks: int | None = None) -> list[int] | None:
@@ -247,10 +252,8 @@ def least_memory(costs: Costs, pins: Pins, terms: Terms, blocks: int | None = No
 
     def best(ends: Sequence[int]) -> list[int] | None:
         found, count = prices(costs, ends), pins.num_stages
-        loads = [found.memory(terms.in_flight(s, count))[..., None] for s in range(count)]
-        rest = np.zeros((len(ends), 1))
-        limits = [np.ones_like(found.forward, bool)] * count
-        return _plan(found, loads, np.zeros_like(found.forward), rest, 2, pins, limits)
+        held = [found.memory(terms.in_flight(s, count))[..., None] for s in range(count)]
+        return _plan(found.ends, _nothing(found), held, _allowed(found.ends, pins), _largest)
 
     every = _open(pins)
     if blocks is None or len(every) - 1 <= blocks:
@@ -291,71 +294,100 @@ def _closer(
             return plan
 
 
-def _best(costs: Costs, ends: Sequence[int], pins: Pins, terms: Terms) -> list[int] | None:
+def _fastest(costs: Costs, ends: Sequence[int], pins: Pins, terms: Terms) -> list[int] | None:
     """The best plan with boundaries among ``ends``."""
-    found, count = prices(costs, ends), pins.num_stages
+    found, count, rounds = prices(costs, ends), pins.num_stages, terms.microbatches - 1
     limits = _limits(found, count, terms)
-    single = found.loads(False)
-    zero = np.zeros_like(found.forward)
-    total = found.rest.sum(-1, keepdims=True)
-    first = _plan(found, [single] * count, zero, total, 2, pins, limits)
+    allowed = [a & m for a, m in zip(_allowed(found.ends, pins), limits, strict=True)]
+    both = found.loads(False)
+    first = _plan(found.ends, _nothing(found), [both] * count, allowed, _largest)
     if first is None:
         return None
-    bound = evaluate(costs, first, terms)
-    loads = found.loads(terms.phases)
-    rest = found.rest if terms.phases else total
-    return _plan(
-        found, [loads] * count, found.latency, rest, terms.microbatches, pins, limits, bound
+    bound = evaluate(costs, first, terms) * (1 + _ROUNDING)
+    loads, latency = found.loads(terms.phases), found.latency[..., None]
+    work = found.rest.sum(-1)
+    rest = found.rest if terms.phases else work[:, None]
+
+    def seconds(states: np.ndarray) -> np.ndarray:
+        return states[:, 0] + rounds * states[:, 1:].sum(1)
+
+    def promising(states: np.ndarray, j: int, left: int) -> np.ndarray:
+        least = np.maximum(states[:, 1:], rest[j] / max(left, 1))
+        return states[:, 0] + work[j] + rounds * least.sum(1) <= bound
+
+    best = _plan(found.ends, latency, [loads] * count, allowed, seconds, promising)
+    assert best is not None  # ``first`` is one
+    return best
+
+
+def _evened(costs: Costs, plan: list[int], ends: Sequence[int], pins: Pins, terms: Terms) -> list[int]:
+    """The most even plan with boundaries among ``ends`` that is as good as ``plan``."""
+    found, count = prices(costs, sorted({*ends, *plan})), pins.num_stages
+    number = {int(end): i for i, end in enumerate(found.ends)}
+    stages = list(itertools.pairwise(number[e] for e in plan))
+    rows, columns = zip(*stages, strict=True)
+    loads, both, work = found.loads(terms.phases), found.loads(False), found.rest.sum(-1)
+    pace = (loads <= loads[rows, columns].max(0) * (1 + _ROUNDING)).all(-1)
+    longest = found.latency[rows, columns].sum() + _EVEN * schedule_seconds(found, stages, terms)
+    limits = _limits(found, count, terms)
+    even = _plan(
+        found.ends,
+        np.concatenate([found.latency[..., None], both**2], -1),
+        [_nothing(found)] * count,
+        [a & m & pace for a, m in zip(_allowed(found.ends, pins), limits, strict=True)],
+        lambda states: states[:, 1],
+        lambda states, j, left: states[:, 0] + work[j] <= longest,
     )
+    assert even is not None  # ``plan`` is one
+    return even
+
+
+def _nothing(found: Prices) -> np.ndarray:
+    return np.zeros((*found.forward.shape, 0))
+
+
+def _largest(states: np.ndarray) -> np.ndarray:
+    return states[:, 0]
 
 
 def _plan(
-    found: Prices,
-    loads: Sequence[np.ndarray],
-    latency: np.ndarray,
-    rest: np.ndarray,
-    microbatches: int,
-    pins: Pins,
-    limits: Sequence[np.ndarray],
-    bound: float = math.inf,
+    ends: np.ndarray,
+    sums: np.ndarray,
+    maxima: Sequence[np.ndarray],
+    allowed: Sequence[np.ndarray],
+    value: Callable[[np.ndarray], np.ndarray],
+    promising: Callable[[np.ndarray, int, int], np.ndarray] | None = None,
 ) -> list[int] | None:
-    """The plan with the least sum of ``latency`` + (microbatches - 1) * sum of maxima of ``loads``.
+    """The plan of least ``value``, which grows with every column of a state.
 
-    ``rest`` (boundary, maxima) is a lower bound of the loads behind it. Plans dearer than ``bound`` are left
-    out.
+    A state's columns are the sums over stages of ``sums`` (from, to, columns), then the maxima over stages
+    of ``maxima`` (for each stage likewise). ``allowed`` says for each stage which (from, to) it may be.
+    ``promising(states, j, left)`` is False for states that have reached ``ends[j]``, with so many stages
+    left, and are not worth going on with.
     """
-    ends, count = found.ends, pins.num_stages
-    allowed = [a & m for a, m in zip(_allowed(ends, pins), limits, strict=True)]
-    last = len(ends) - 1
-    weigh = latency.any()
-    # A level's states: the boundary reached, (latency, maxima), and the state each came from.
-    levels = [(np.zeros(1, int), np.zeros((1, 1 + rest.shape[1])), np.zeros(1, int))]
+    count, last, width = len(maxima), len(ends) - 1, sums.shape[-1]
+    # A level's states: the boundary reached, the columns, and the state of the level before.
+    levels = [(np.zeros(1, int), np.zeros((1, width + maxima[0].shape[-1])), np.zeros(1, int))]
     for s in range(count):
-        at, costs, _ = levels[-1]
+        at, states, _ = levels[-1]
         left = count - 1 - s
         reached, kept, came = [], [], []
         for j in range(s + 1, last + 1 - left) if left else [last]:
             rows = np.flatnonzero(allowed[s][at, j])
             if not len(rows):
                 continue
-            i = at[rows]
-            total = costs[rows, :1] + latency[i, j, None]
-            most = np.maximum(costs[rows, 1:], loads[s][i, j])
-            cost = np.concatenate([total, most], 1)
-            least = total[:, 0] + (rest[j].sum() if weigh else 0.0)
-            share = np.maximum(most, rest[j] / left) if left else most
-            fits = np.flatnonzero(least + (microbatches - 1) * share.sum(1) <= bound * (1 + 1e-9))
-            chosen = fits[_pareto(cost[fits])]
+            i, before = at[rows], states[rows]
+            most = np.maximum(before[:, width:], maxima[s][i, j])
+            after = np.concatenate([before[:, :width] + sums[i, j], most], 1)
+            fits = np.arange(len(after)) if promising is None else np.flatnonzero(promising(after, j, left))
+            chosen = fits[_pareto(after[fits])]
             reached.append(np.full(len(chosen), j))
-            kept.append(cost[chosen])
+            kept.append(after[chosen])
             came.append(rows[chosen])
-        if not reached:
+        if not sum(map(len, reached)):
             return None
         levels.append((np.concatenate(reached), np.concatenate(kept), np.concatenate(came)))
-    reached_last = levels[-1][1]
-    if not len(reached_last):
-        return None
-    state = int(np.argmin(reached_last[:, 0] + (microbatches - 1) * reached_last[:, 1:].sum(1)))
+    state = int(np.argmin(value(levels[-1][1])))
     plan = [last]
     for level in range(count, 0, -1):
         state = int(levels[level][2][state])

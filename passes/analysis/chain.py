@@ -226,8 +226,9 @@ class Chain:
             if shown is not None:
                 # Where what it shows crosses, it is remade from that, which then has its gradient too.
                 starts[node] = max(starts[node], self._ends[shown])
-                through = min(self._ends[shown], self._gradient_ends[node])
-                self._gradient_ends[shown] = max(self._gradient_ends[shown], through)
+                if self._gradient_ends[node] > self.position[node]:
+                    through = min(self._ends[shown], self._gradient_ends[node])
+                    self._gradient_ends[shown] = max(self._gradient_ends[shown], through)
         return [
             Crossing(n, starts[n], self._ends[n], self._gradient_ends[n])
             for n in self.nodes
