@@ -32,7 +32,7 @@ class Stack(nn.Module):
         """(sent, results) of a stage: values, the skip, integers, and a value without a gradient."""
         if stage == 0:
             h = skip = x @ self.shared
-            number, lost = torch.arange(len(x)), torch.ones(len(x))
+            number, lost = torch.arange(len(x)), h.sum(1)
         else:
             h, skip, number, lost = received
         h = nn.functional.dropout(torch.tanh(self.layers[stage](h)), self.dropout)

@@ -218,6 +218,16 @@ def test_the_overhead_of_a_captured_step_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_a_pipelines_bubble_and_overhead_are_measured(tmp_path: Path) -> None:
+    sizes = ["--ranks", "2", "--microbatches", "3", "--unit", "2", "--runs", "1"]
+    command = [sys.executable, "-m", "benchmarks.pipeline", *sizes, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "pipeline.md").read_text()
+    assert text.count("\n| ") == 2 + 5 and "| interleaved | 2 | 14.3% | 14.3% | " in text
+
+
+@pytest.mark.distributed
 def test_the_comparison_of_sequences_runs(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     variants = "single,manual-ulysses-fsdp2,context-parallel-fsdp2"
