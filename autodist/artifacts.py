@@ -10,6 +10,13 @@ With ``AUTODIST_ARTIFACTS=DIR`` set, each compilation writes ``DIR/rank<r>/graph
     graphs/           the graph before the first pass and after each one, numbered
     folded/           the same with repeated layers shown once
 
+With pipelines ``DIR/rank<r>/pipeline<n>/`` says how each program was cut:
+
+    stages.json       the stages, what they cost, what they send, and why they begin where they do; a plan's
+                      ``cuts`` may name it, edited
+    schedule.svg      the planned timelines of the ranks, and after a run that was recorded the measured ones
+    schedule.json     the same as a trace
+
 The same files go to torch's structured trace (``TORCH_TRACE=DIR``), where tlparse finds them.
 
 A graph's folder appears whole or not at all: it is written beside its place and then renamed. An
@@ -34,9 +41,11 @@ from torch.fx import GraphModule, Node
 from autodist.logs import log
 from autodist.passes.analysis.layers import node_type, operator_name
 from autodist.passes.analysis.liveness import liveness
+from autodist.passes.analysis.stages import StagePlan
 from autodist.passes.analysis.timeline import Timeline, chrome_trace
 from autodist.passes.analysis.traffic import collectives
 from autodist.passes.base import Record
+from autodist.pipeline_picture import Timelines, picture, trace
 from autodist.runtime import compat
 
 if TYPE_CHECKING:
@@ -73,6 +82,24 @@ def write_graph(
     for path, text in files.items():
         if not path.startswith("folded/"):
             _trace(f"autodist_{name}_{path.replace('/', '_')}", text)
+
+
+def write_pipeline(job: Job, number: int, plan: StagePlan, timelines: Timelines) -> None:
+    """Write how a program was cut into stages, and when ranks do what."""
+    if job.artifacts is None:
+        return
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    files = {
+        "stages.json": plan.to_json(),
+        "schedule.svg": picture(timelines),
+        "schedule.json": json.dumps(trace(timelines)),
+        "plan.json": job.plan.to_json(),
+    }
+    place = f"pipeline{number}" if job.number == 0 or job.dry_run else f"job{job.number}-pipeline{number}"
+    try:
+        _write(job.artifacts / f"rank{rank}" / place, files)
+    except OSError as error:
+        log.warning("cannot write artifacts, and go on without them: %s", error)
 
 
 def _files(

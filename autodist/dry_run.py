@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from autodist.compiler import compile_graph
 from autodist.job import Job, start_job
+from autodist.pipeline import pipelined
 from autodist.plan import Plan
 from autodist.prepare import prepare, prepared_job
 from autodist.runtime import compat
@@ -71,10 +73,17 @@ def dry_run(
         fakes = compat.FakeTensorMode()
         model = _hollow(_build(make_model), fakes).train()
         arguments = _arguments(_call("the function that makes a batch", make_batch), fakes)
-        job = _job(model, plan, num_ranks)
-        job.dry_run, job.artifacts = True, artifacts
+        job = _job(model, plan, num_ranks, arguments)
+        for part in (job, job.stage) if job.pipeline is not None else (job,):
+            part.dry_run, part.artifacts = True, artifacts
         whole: Callable[..., Any] = (lambda *a, **k: _loss(model(*a, **k))) if loss_only else model
-        compiled = torch.compile(whole, backend=lambda g, given: compile_graph(g, given, job, None))
+
+        def backend(graph: GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
+            if job.pipeline is not None:
+                return pipelined(graph, given, job)
+            return compile_graph(graph, given, job, None)
+
+        compiled = torch.compile(whole, backend=backend)
         with fakes:
             _call("the training step", lambda: _step(compiled, *arguments), StepError)
     if not job.reports:
@@ -133,10 +142,19 @@ def _arguments(batch: Any, fakes: compat.FakeTensorMode) -> tuple[tuple[Any, ...
     return tuple(values) if isinstance(values, (tuple, list)) else (values,), {}
 
 
-def _job(model: nn.Module, plan: Plan, num_ranks: int) -> Job:
+def _job(
+    model: nn.Module,
+    plan: Plan,
+    num_ranks: int,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+) -> Job:
     if num_ranks == 1:
         return start_job(plan, torch.device("cpu"), alone=True)
-    job = prepared_job(prepare(model, plan))
+    positional, named = arguments
+    if plan.pp > 1:
+        job = prepared_job(prepare(model, plan, batch=named or positional))
+    else:
+        job = prepared_job(prepare(model, plan))
     if job is None:
         raise DryRunError("the model has no parameters: there is nothing to shard")
     return job

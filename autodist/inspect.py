@@ -26,7 +26,9 @@ from rich.table import Table
 
 from autodist.longest import Length
 from autodist.passes.analysis.layers import Repeat, common_text, fold
+from autodist.passes.analysis.stages import StagePlan
 from autodist.passes.base import size_text
+from autodist.stage_map import show_stages
 
 _SHOWN_BUFFERS, _SHOWN_NAMES = 6, 2
 
@@ -127,6 +129,7 @@ def show_lengths(console: Console, found: Sequence[Length]) -> None:
 def show(console: Console, found: Sequence[Artifacts], graph: Artifacts, after: str | None) -> None:
     """Print ``graph``, one of ``found``, with its text after the pass ``after`` (default: last)."""
     texts = _texts(graph, after)
+    _show_stages(console, graph)
     _heading(console, "plan")
     _print(console, "  " + " ".join(f"{k}={v}" for k, v in graph.plan.items() if v is not None))
     if len(found) > 1:
@@ -181,6 +184,13 @@ def _texts(graph: Artifacts, after: str | None) -> list[tuple[str, str]]:
         have = ", ".join(dict.fromkeys(name for _, name in kept))
         raise InspectError(f"no pass called {after!r} was applied; these were: {have}")
     return [(f"{phase} after {name}", graph.folded(kept[phase, name])) for phase, name in wanted]
+
+
+def _show_stages(console: Console, graph: Artifacts) -> None:
+    """How the programs of the graph's rank were cut into pipeline stages, where they were."""
+    for folder in sorted(graph.folder.parent.glob("*pipeline*")):
+        _heading(console, f"stages of {folder.name} (a picture of the schedule: {folder / 'schedule.svg'})")
+        show_stages(console, StagePlan.from_json((folder / "stages.json").read_text()))
 
 
 # --- tables --------------------------------------------------------------------------------------

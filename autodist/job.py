@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from autodist.artifacts import artifact_folder
 from autodist.logs import configure, log
 from autodist.passes.analysis.hardware import Hardware, detect, hardware
+from autodist.passes.analysis.stages import StagePlan
 from autodist.plan import Plan
 from autodist.runtime import compat
 from autodist.runtime.agreement import Agreement, DisagreementError, MissingRanksError
@@ -46,7 +47,8 @@ class Job:
     With ``pp``, ranks are laid out as (dp, pp, sp). ``pipeline`` is the mesh of the ranks that hold the
     stages of one copy of the model, this rank being the ``place``-th of them; ``stages[p]`` is the mesh over
     all ranks at place ``p``, members or not, and shards the parameters of the stages there (:attr:`stage`).
-    ``shared_groups`` are the process groups of the places that share parameters (:meth:`share`).
+    ``cut`` is where the model was cut when its parameters were given places; ``shared_groups`` are the
+    process groups of the places that share parameters (:meth:`share`).
 
     ``artifacts`` is the folder for what a person may want to read. In a ``dry_run`` all decisions
     are made as ever, but nothing is compiled to kernels: the graphs run on fake tensors.
@@ -59,6 +61,7 @@ class Job:
     pipeline: DeviceMesh | None = None
     stages: tuple[DeviceMesh, ...] = ()
     label: str = "all"
+    cut: StagePlan | None = None
     model: weakref.ref[nn.Module] | None = None
     shared_groups: dict[tuple[int, ...], Any] = field(default_factory=dict)
     number: int = field(default_factory=itertools.count().__next__)

@@ -21,6 +21,7 @@ data-parallel coordinates, each once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -35,13 +36,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
+from autodist.artifacts import write_pipeline
 from autodist.compiler import Compilation, GraphReport
 from autodist.job import Job
 from autodist.logs import log
 from autodist.passes.analysis.bottleneck import Terms
 from autodist.passes.analysis.chain import Inputs
 from autodist.passes.analysis.microbatches import Microbatch, microbatch
-from autodist.passes.analysis.stages import Setting, StagePlan, partition, priced
+from autodist.passes.analysis.stages import Setting, StageError, StagePlan, partition, priced
 from autodist.passes.base import Phase, run_passes
 from autodist.passes.capture import Core, core_of
 from autodist.passes.graph import insert, output_of
@@ -54,13 +56,13 @@ from autodist.runtime import compat, dialect
 from autodist.runtime.agreement import graph_lines
 from autodist.runtime.outputs import SameBatch, withheld
 from autodist.runtime.parameters import parameter_name
-from autodist.runtime.pipeline import Executor
-from autodist.runtime.schedules import Schedule, schedule
+from autodist.runtime.pipeline import Executor, Outcome, Recorder
+from autodist.runtime.schedules import Action, Schedule, Span, Step, schedule, timeline
 from autodist.runtime.stage_parameters import StageGradientError, is_here, not_differentiable, owners
 from autodist.stage_program import BoundStage, CompiledStage, compile_stage, reads_of
 
 _PER_RANK = 4  # microbatches for each rank of a pipeline, where the plan does not say: a bubble of a fifth
-_collectives = torch.ops._c10d_functional
+_RECORDED = 3  # which run of a program is recorded: the first ones warm up
 
 
 class PipelineError(ValueError):
@@ -359,6 +361,10 @@ def _chosen(
     owning = None if owned is None else held
 
     def choose() -> str:
+        if owned is not None and job.cut is not None:
+            with contextlib.suppress(StageError):  # another program than the one that was cut first, perhaps
+                again = priced(graph, inputs, job.cut.cuts, setting, owners=owning)
+                return dataclasses.replace(again, why=job.cut.why).to_json()
         if job.plan.cuts is not None and owned is None:
             return _given_cuts(job.plan.cuts, graph, inputs, setting)
         return partition(graph, inputs, job.plan.num_stages, setting, owners=owning).to_json()
@@ -476,6 +482,8 @@ class _Compiled:
     cut: Cut
     stages: list[CompiledStage]
     executor: Executor
+    number: int
+    runs: int = 0
 
     @property
     def job(self) -> Job:
@@ -485,6 +493,8 @@ class _Compiled:
         """The program's results on every rank, and this rank's gradients of the parameters that are
         trained."""
         batch, job = self.cut.batch, self.job
+        if job.dry_run:
+            return self._without_data(values)
         seed = self._seed(values)
         inputs = self._inputs(values, seed)
         one = torch.ones((), dtype=self._loss_type(), device=job.device)
@@ -493,9 +503,39 @@ class _Compiled:
             BoundStage(stage, [whole[name] for name in stage.graph.parameters], inputs, one)
             for stage in self.stages
         ]
-        outcome = self.executor.run(programs, int(seed))
+        outcome = self._executed(programs, int(seed))
         gradients = self._gradients(outcome.gradients) if self.cut.loss is not None else []
         return self._results(outcome.results, batch), gradients
+
+    def _executed(self, programs: Sequence[BoundStage], seed: int) -> Outcome:
+        """One run; that of number ``_RECORDED`` is written down where somebody reads artifacts."""
+        self.runs += 1
+        if self.runs != _RECORDED or not self._is_recorded:
+            return self.executor.run(programs, seed)
+        recorder = Recorder(self.job.device)
+        outcome = self.executor.run(programs, seed, recorder)
+        spans: list[Any] = [None] * self.job.plan.pp
+        dist.all_gather_object(spans, recorder.spans(), group=compat.process_group(self.owner.group))
+        lines = {"planned": planned(self.cut.plan, self.cut.schedule), "measured": spans}
+        write_pipeline(self.job, self.number, self.cut.plan, lines)
+        return outcome
+
+    @cached_property
+    def _is_recorded(self) -> bool:
+        """All ranks take part in it, or none: the first rank says."""
+        if compat.is_fake_group(self.owner.group):
+            return False
+        wanted = self.job.artifacts is not None
+        return self.job.lead("whether pipelines are recorded", lambda: "yes" if wanted else "no") == "yes"
+
+    def _without_data(self, values: Sequence[Any]) -> tuple[list[Any], list[DTensor | None]]:
+        trained = sum(_trained(i, self.owner.program) for i in self.owner.program.parameters)
+        with compat.fake_mode_of(values) or contextlib.nullcontext():
+            made = [
+                torch.empty(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, Tensor) else x
+                for x in self.cut.shapes
+            ]
+        return made, [None] * trained
 
     # What stages take.
 
@@ -658,8 +698,27 @@ def _compile(owner: Pipeline, values: Sequence[Any]) -> _Compiled:
                 found.stages[number], number, stage_run, owner.parameters, reads, program.trains, splits
             )
         )
+    write_pipeline(job, run.report.number, found.plan, {"planned": planned(found.plan, found.schedule)})
     executor = Executor(found.schedule, job.place, compat.process_group(owner.group), job.device, job.monitor)
-    return _Compiled(owner, found, stages, executor)
+    return _Compiled(owner, found, stages, executor, run.report.number)
+
+
+def planned(plan: StagePlan, order: Schedule) -> list[list[Span]]:
+    """The ranks' timelines as the plan's costs foretell them."""
+
+    def seconds(action: Action) -> float:
+        stage = plan.stages[action.stage]
+        half = stage.backward / 2
+        return {
+            Step.FORWARD: stage.forward,
+            Step.BACKWARD: stage.backward,
+            Step.BACKWARD_INPUT: half,
+            Step.BACKWARD_WEIGHT: half,
+            Step.SEND_FORWARD: stage.forward_transfer / 2,
+            Step.SEND_BACKWARD: stage.backward_transfer / 2,
+        }.get(action.step, 0.0)
+
+    return timeline(order.lists, seconds)
 
 
 def _compilation(job: Job, policies: Mapping[int, Any] | None = None) -> Compilation:
@@ -720,7 +779,8 @@ def shard_on_batch(
 
     job.model = weakref.ref(model)
     try:
-        torch.compile(model, backend=look)(*positional, **named)
+        with compat.fake_mode_of(list(model.parameters())) or contextlib.nullcontext():
+            torch.compile(model, backend=look)(*positional, **named)
     except Exception as error:
         cause = getattr(error, "inner_exception", error)
         if not isinstance(cause, _Traced):
@@ -756,6 +816,7 @@ def first_places(
     values = [inputs[p] for p in program.places]
     with job.failing_together():
         found = find_cut(program, _concrete(values), job, _compilation(job), None)
+    job.cut = found.plan
     places = places_of(found, program, list(first.values()), job.plan.pp)
     return {name: places[first[i]] for i, name in known.items()} | places
 

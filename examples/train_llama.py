@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,14 +95,19 @@ def main() -> None:
 
 
 def arguments(
-    description: str = "Train a small Llama on Python's own source code.", steps: int = 100
+    description: str = "Train a small Llama on Python's own source code.",
+    steps: int = 100,
+    **others: tuple[type, Any, str],
 ) -> argparse.Namespace:
+    """What all examples take, and ``others``: (type, default, help) by name."""
     parser = argparse.ArgumentParser(description=description)
     meaning = f"steps to train from here (default {steps})"
     parser.add_argument("--steps", type=int, default=steps, help=meaning)
     parser.add_argument("--save", type=Path, help="folder to write a checkpoint to, in the end")
     parser.add_argument("--resume", type=Path, help="folder to read a checkpoint from, first")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
+    for name, (kind, default, help_text) in others.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=help_text)
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps must be at least 1; got {args.steps}")

@@ -26,7 +26,7 @@ from tests.parity import adamw, error
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5
-EAGER: dict[str, Any] = {"lowering": "eager", "timeout": 60.0}
+EAGER: dict[str, Any] = {"lowering": "eager"}
 
 
 class UNet(nn.Module):
