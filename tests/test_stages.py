@@ -98,7 +98,7 @@ def programs(draw: st.DrawFn) -> Program:
                 values.append(nn.functional.dropout(a, 0.5) + torch.rand(WIDTH))
             elif kind == "narrow":
                 with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(second % 4 > 0):
-                    values.append((a @ w).tanh().float() + b)
+                    values.append((a @ w).tanh().to(b.dtype) + b)
             elif kind == "double":
                 values.append(a + nn.functional.linear(b, w).view(WIDTH, ROWS).t().reshape(ROWS, WIDTH))
             else:
@@ -107,8 +107,12 @@ def programs(draw: st.DrawFn) -> Program:
         return [mask + 1, loss, values[len(values) // 2], values[-1].t(), values[0]]
 
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(WIDTH, WIDTH, generator=generator).requires_grad_(i != 2) for i in range(4)]
-    table, x = torch.randn(3, generator=generator), torch.randn(ROWS, WIDTH, generator=generator)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weights = [draw(WIDTH, WIDTH).requires_grad_(i != 2) for i in range(4)]
+    table, x = draw(3), draw(ROWS, WIDTH)
     mask = torch.randint(0, 4, (ROWS, WIDTH), generator=generator)
     return traced(function, [*weights, table, mask, x], [f"w{i}" for i in range(4)], constants=1)
 
