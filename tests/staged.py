@@ -51,7 +51,7 @@ def traced(
     constants: int = 0,
 ) -> Program:
     """``function``'s graph; its arguments are parameters, so many constants, and the batch."""
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(v, static_shapes=True) for v in values]
     graph, _ = functional(compat.trace_before_autograd(function, fakes), fakes)
     names = [n.name for n in graph.graph.find_nodes(op="placeholder")]

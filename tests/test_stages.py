@@ -486,6 +486,28 @@ def test_seconds_of_a_backward_that_is_not_there_yet(name: str) -> None:
     assert sum(both) == pytest.approx(real, rel=0.15)
 
 
+def test_literals_and_outputs_of_all_kinds() -> None:
+    """Constants that tracing lifted, an input returned, a producer of a parameter, the loss twice."""
+    table = torch.arange(4.0)
+
+    def function(w: Tensor, v: Tensor, x: Tensor) -> list[Tensor]:
+        y = ((x @ w) * table).tanh()
+        z = (y + torch.tensor([1.0, 2.0, 3.0, 4.0])) @ w * table
+        loss = z.sum()
+        return [x, v * 2, loss, loss, y[:, :2], z, y, w, table]
+
+    values = [torch.randn(4, 4, requires_grad=True), torch.randn(3, requires_grad=True), torch.randn(3, 4)]
+    program = traced(function, values, ["w", "v"])
+    inputs = program.inputs
+    # What is differentiated is the first output that can be: not a product of weights alone.
+    program = Program(program.graph, replace(inputs, frozen=frozenset(["arg1_1"])), program.values)
+    chain = Chain(program.graph, program.inputs)
+    for place in range(1, len(chain.nodes)):
+        stages = cut(program.graph, program.inputs, plan_of([chain.nodes[place].name]))
+        assert_same(program, stages)
+        assert sum(s.loss is not None for s in stages) == 1
+
+
 def test_what_draws_is_drawn_once() -> None:
     """A random number that two stages read is drawn in one and sent; what is computed is made in both."""
 
