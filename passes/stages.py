@@ -129,7 +129,7 @@ class _Stage:
         self.graph.output((*results, *sent))
         made = GraphModule(self.chain.graph, self.graph)
         made.graph.lint()
-        losses = [i for i, r in enumerate(self.results) if r.node is self.chain.loss]
+        losses = [i for i, r in enumerate(self.results) if r is self.chain.loss_result]
         return StageGraph(
             made,
             tuple(self.chain.parameter(n) or "" for n in parameters),
@@ -204,7 +204,7 @@ class _Stage:
         results, sent = [], []
         for result in self.results:
             node = self.env[result.node]
-            if result.node is not self.chain.loss and tensors(node):
+            if result is not self.chain.loss_result and tensors(node):
                 node = insert(self.graph, _aten.detach.default, (node,), like=node)
             results.append(self._own(node, taken, any_layout=True))
         for crossing in self.sent:

@@ -98,7 +98,7 @@ def programs(draw: st.DrawFn) -> Program:
                 values.append(nn.functional.dropout(a, 0.5) + torch.rand(WIDTH))
             elif kind == "narrow":
                 with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(second % 4 > 0):
-                    values.append((a @ w).tanh().float() + b)
+                    values.append((a @ w).tanh().to(b.dtype) + b)
             elif kind == "double":
                 values.append(a + nn.functional.linear(b, w).view(WIDTH, ROWS).t().reshape(ROWS, WIDTH))
             else:
@@ -107,8 +107,12 @@ def programs(draw: st.DrawFn) -> Program:
         return [mask + 1, loss, values[len(values) // 2], values[-1].t(), values[0]]
 
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(WIDTH, WIDTH, generator=generator).requires_grad_(i != 2) for i in range(4)]
-    table, x = torch.randn(3, generator=generator), torch.randn(ROWS, WIDTH, generator=generator)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weights = [draw(WIDTH, WIDTH).requires_grad_(i != 2) for i in range(4)]
+    table, x = draw(3), draw(ROWS, WIDTH)
     mask = torch.randint(0, 4, (ROWS, WIDTH), generator=generator)
     return traced(function, [*weights, table, mask, x], [f"w{i}" for i in range(4)], constants=1)
 
@@ -480,6 +484,28 @@ def test_seconds_of_a_backward_that_is_not_there_yet(name: str) -> None:
     ]
     real = sum(graph_seconds(joint.graph, CPU, fused=True).values())
     assert sum(both) == pytest.approx(real, rel=0.15)
+
+
+def test_literals_and_outputs_of_all_kinds() -> None:
+    """Constants that tracing lifted, an input returned, a producer of a parameter, the loss twice."""
+    table = torch.arange(4.0)
+
+    def function(w: Tensor, v: Tensor, x: Tensor) -> list[Tensor]:
+        y = ((x @ w) * table).tanh()
+        z = (y + torch.tensor([1.0, 2.0, 3.0, 4.0])) @ w * table
+        loss = z.sum()
+        return [x, v * 2, loss, loss, y[:, :2], z, y, w, table]
+
+    values = [torch.randn(4, 4, requires_grad=True), torch.randn(3, requires_grad=True), torch.randn(3, 4)]
+    program = traced(function, values, ["w", "v"])
+    inputs = program.inputs
+    # What is differentiated is the first output that can be: not a product of weights alone.
+    program = Program(program.graph, replace(inputs, frozen=frozenset(["arg1_1"])), program.values)
+    chain = Chain(program.graph, program.inputs)
+    for place in range(1, len(chain.nodes)):
+        stages = cut(program.graph, program.inputs, plan_of([chain.nodes[place].name]))
+        assert_same(program, stages)
+        assert sum(s.loss is not None for s in stages) == 1
 
 
 def test_what_draws_is_drawn_once() -> None:

@@ -82,8 +82,8 @@ class Chain:
 
     ``nodes`` are the chain's, ``position`` their places. ``differentiable`` are the nodes of the graph that
     have a gradient, ``followed`` those of them that the loss is differentiated through; ``loss`` is the
-    first output that has a gradient. ``closed`` maps boundaries where no stage can end to the tuple that
-    would have to cross.
+    first output that has a gradient, ``loss_result`` that output. ``closed`` maps boundaries where no
+    stage can end to the tuple that would have to cross.
     """
 
     def __init__(self, graph: GraphModule, inputs: Inputs) -> None:
@@ -105,6 +105,7 @@ class Chain:
         self.results = [
             Result(i, n, self._returned_at(n)) for i, n in enumerate(self.outputs) if n is not None
         ]
+        self.loss_result = next((r for r in self.results if r.node is self.loss), None)
         self._returned: dict[int, list[Node]] = {}
         for result in self.results:
             self._returned.setdefault(result.position, []).append(result.node)
