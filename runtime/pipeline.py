@@ -215,7 +215,8 @@ class Executor:
         draws = any(p.draws for p in programs)
         with torch.no_grad(), _generators_kept(self.device) if draws else nullcontext():
             if recorder is not None:
-                recorder.begin(self.group)
+                with self._watch("pipeline: the start of a recorded run"):
+                    recorder.begin(self.group)
             for action, place in self.actions:
                 with self._watch(place):
                     run.do(action)
