@@ -9,8 +9,8 @@ executor's and the transport's. Each schedule is run several times, beside its p
 formula of :mod:`autodist.runtime.schedules`.
 
 The overhead is that of stages that do nothing, and send each other eight numbers: the time of a run, and the
-time of each rank's threads on the processor, which a busy machine does not falsify, for each of the rank's
-microbatches and stages. Both with the watch over the other ranks that a training run has.
+time of the thread that runs it on the processor, which a busy machine does not falsify, for each of the
+rank's microbatches and stages. Both with the watch over the other ranks that a training run has.
 
 The result goes to ``results/pipeline.md``.
 """
@@ -107,12 +107,12 @@ def measure(
     for _ in range(runs):
         recorder = Recorder(_CPU)
         executor.run([Stage(s, made.num_stages, unit) for s in made.stages_of(rank)], 0, recorder)
-        found["bubbles"].append(bubble(_everyone(recorder.spans())))
+        found["bubbles"].append(bubble(recorder.everyones(dist.group.WORLD)))
         idle = [Stage(s, made.num_stages, 0) for s in made.stages_of(rank)]
         dist.barrier()
-        start, used = time.perf_counter(), time.process_time()
+        start, used = time.perf_counter(), time.thread_time()
         executor.run(idle)
-        used, taken = time.process_time() - used, time.perf_counter() - start
+        used, taken = time.thread_time() - used, time.perf_counter() - start
         found["processor"].append(max(_everyone(used)))
         found["seconds"].append(max(_everyone(taken)))
     planned = bubble(timeline(made.lists, lambda a: _UNITS.get(a.step, 0)))
@@ -170,7 +170,7 @@ def _markdown(
         "",
         f"Bubble: stages that sleep {unit:g} ms for a forward and as long for each half of a backward. "
         "Overhead: stages that do nothing; microseconds a microbatch and stage, of the whole run, and of the "
-        "busiest rank's threads on the processor.",
+        "busiest rank's Python on the processor.",
         "",
         "| schedule | stages a rank | bubble in theory | planned | measured | overhead | on the processor |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

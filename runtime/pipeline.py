@@ -159,6 +159,12 @@ class Recorder:
             torch.cuda.synchronize(self._device)
         return [Span(a, self._since(start), self._since(end)) for a, start, end in self._marks]
 
+    def everyones(self, group: dist.ProcessGroup) -> list[list[Span]]:
+        """The spans of all the group's ranks, on each of them."""
+        every: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(every, self.spans(), group=group)
+        return every
+
     def _since(self, mark: Any) -> float:
         if self._device.type == "cuda":
             return float(self._began.elapsed_time(mark)) / 1e3
@@ -209,7 +215,8 @@ class Executor:
         draws = any(p.draws for p in programs)
         with torch.no_grad(), _generators_kept(self.device) if draws else nullcontext():
             if recorder is not None:
-                recorder.begin(self.group)
+                with self._watch("pipeline: the start of a recorded run"):
+                    recorder.begin(self.group)
             for action, place in self.actions:
                 with self._watch(place):
                     run.do(action)
@@ -266,7 +273,7 @@ class _Run:
         place, program = (stage, microbatch), self.programs[stage]
         received = self._received(Step.RECEIVE_FORWARD, place) if stage > 0 else []
         if program.draws:
-            torch.manual_seed(stage_seed(self.seed, stage, microbatch))
+            _seed(self.pool.device, stage_seed(self.seed, stage, microbatch))
         with self._recording(Action(Step.FORWARD, stage, microbatch)):
             sent, results, saved = program.forward(received, microbatch)
         _require_as_announced(program, microbatch, sent)
@@ -476,6 +483,14 @@ def stage_seed(seed: int, stage: int, microbatch: int) -> int:
     """What torch is seeded with for one forward: a number of 63 bits that shows no pattern."""
     text = f"{seed} {stage} {microbatch}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the two generators that a program on ``device`` may draw from."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _generators_kept(device: torch.device) -> AbstractContextManager[None]:

@@ -15,8 +15,7 @@ on one of its stages; a :class:`Schedule` is a list of actions for each rank.
 
 The *bubble* is the part of all ranks' time in which they stand still, when stages are equal, transfers take
 no time and ``M >= P``; ``F``, ``I`` and ``W`` are the seconds of a stage's forward, gradients of inputs and
-of weights. With one stage a rank the zero-bubble schedule comes within P/2 units of it, not quite to it: it
-holds no more than 1F1B's first rank does. With ``M < P`` stages that share a rank wait for each other, too.
+of weights. With ``M < P`` stages that share a rank wait for each other, too.
 
 *In flight* on a stage is a microbatch whose forward has run and whose backward (with split backwards: whose
 weight gradients) has not: what it saved is in memory. :meth:`Schedule.in_flight` counts exactly.
@@ -119,6 +118,17 @@ class Schedule:
         """The largest number of (stage, microbatch) pairs whose saved values ``rank`` holds at once."""
         return most_saved(self.lists[rank])
 
+    def received_ahead(self, stage: int) -> tuple[int, int]:
+        """How many microbatches' values, and gradients, are at the most received before ``stage`` reads them.
+
+        With what is in flight, it bounds the memory for receives.
+        """
+        actions = [a for a in self.lists[stage % self.num_ranks] if a.stage == stage]
+        return (
+            _most(actions, (Step.RECEIVE_FORWARD,), (Step.FORWARD,)),
+            _most(actions, (Step.RECEIVE_BACKWARD,), _BACKWARDS),
+        )
+
     def stages_of(self, rank: int) -> range:
         return range(rank, self.num_stages, self.num_ranks)
 
@@ -133,9 +143,14 @@ def most_saved(actions: Sequence[Action]) -> int:
     ends = (Step.BACKWARD, Step.BACKWARD_WEIGHT)
     if not any(a.step in ends for a in actions):
         return 0
+    return _most(actions, (Step.FORWARD,), ends)
+
+
+def _most(actions: Sequence[Action], starts: Sequence[Step], ends: Sequence[Step]) -> int:
+    """The largest number of starts without their ends."""
     now = most = 0
     for action in actions:
-        now += (action.step is Step.FORWARD) - (action.step in ends)
+        now += (action.step in starts) - (action.step in ends)
         most = max(most, now)
     return most
 
@@ -241,28 +256,40 @@ def _filled(
     orders: Sequence[_Orders], num_ranks: int, num_stages: int, num_microbatches: int
 ) -> list[list[Action]]:
     """Zero bubble: in each unit of time a rank does the first it can of: gradients of inputs, a forward
-    (while it holds fewer than v rounds), the oldest gradients of weights that are due."""
+    (while it holds fewer than v rounds), the oldest gradients of weights that are due.
+
+    With one stage a rank the first two take turns as in 1F1B: a rank that goes ahead of its turn there is
+    late later.
+    """
     lists: list[list[Action]] = [[] for _ in orders]
     forwards = [deque(o.forwards) for o in orders]
     backwards = [deque(o.backwards) for o in orders]
     due: list[deque[tuple[int, int]]] = [deque() for _ in orders]
-    held = [0] * num_ranks
+    held, below = [0] * num_ranks, [0] * num_ranks  # forwards without gradients of weights, and of inputs
     stages = num_stages // num_ranks
-    most = [stages * (o.largest if stages > 1 else min(o.largest, num_ranks)) for o in orders]
+    most = stages * orders[0].largest if stages > 1 else num_ranks
     done: set[Action] = set()
     left = 3 * num_stages * num_microbatches
     while left:
         now: list[Action] = []
         for rank in range(num_ranks):
             back, ahead, weights = backwards[rank], forwards[rank], due[rank]
-            if back and _needs(Action(Step.BACKWARD_INPUT, *back[0]), num_stages) <= done:
+            backs_turn = below[rank] >= num_ranks - rank or not ahead
+            if (
+                back
+                and (stages > 1 or backs_turn)
+                and _needs(Action(Step.BACKWARD_INPUT, *back[0]), num_stages) <= done
+            ):
+                below[rank] -= 1
                 weights.append(back[0])
                 action = Action(Step.BACKWARD_INPUT, *back.popleft())
             elif (
                 ahead
-                and held[rank] < most[rank]
+                and (stages > 1 or not backs_turn)
+                and held[rank] < most
                 and _needs(Action(Step.FORWARD, *ahead[0]), num_stages) <= done
             ):
+                below[rank] += 1
                 held[rank] += 1
                 action = Action(Step.FORWARD, *ahead.popleft())
             elif weights:

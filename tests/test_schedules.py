@@ -40,7 +40,7 @@ def cases(draw: st.DrawFn) -> tuple[str, int, int, int]:
     return kind, ranks, stages, draw(st.integers(1, 20))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_every_schedule_is_valid(case: tuple[str, int, int, int]) -> None:
     """Everything once, after what it needs, and never waiting in a circle even where sends wait."""
@@ -54,7 +54,7 @@ def test_every_schedule_is_valid(case: tuple[str, int, int, int]) -> None:
     assert steps.count(Step.SEND_BACKWARD) == (0 if kind == "forward" else crossings)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases(), st.randoms(use_true_random=False))
 def test_time_on_paper(case: tuple[str, int, int, int], random: object) -> None:
     """Whatever actions take, each begins after what it needs, and a rank does one thing at a time."""
@@ -118,9 +118,18 @@ def test_in_flight(ranks: int, microbatches: int) -> None:
         assert held(schedule("zero-bubble", ranks, ranks, microbatches), rank) <= min(microbatches, ranks)
 
 
+def test_what_is_received_ahead() -> None:
+    assert schedule("1f1b", 4, 4, 8).received_ahead(0) == (0, 1)
+    assert schedule("1f1b", 4, 4, 8).received_ahead(3)[1] == 0
+    for kind in KINDS:
+        made = schedule(kind, 4, 4 if kind == "1f1b" else 8, 9)
+        for stage in range(1, made.num_stages):
+            assert 1 <= made.received_ahead(stage)[0] <= 9
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("per_rank", [1, 2, 3])
-@pytest.mark.parametrize("more", [0, 1, 3, 9])
+@pytest.mark.parametrize("more", [0, 1, 9])
 def test_bubbles_are_those_of_theory(ranks: int, per_rank: int, more: int) -> None:
     """Equal stages, transfers that take no time; also where microbatches are no multiple of the ranks."""
     stages, microbatches = ranks * per_rank, ranks + more
@@ -129,11 +138,7 @@ def test_bubbles_are_those_of_theory(ranks: int, per_rank: int, more: int) -> No
             continue
         found = bubble(timeline(schedule(kind, ranks, stages, microbatches).lists, units))
         expected = ideal_bubble(kind, ranks, stages, microbatches)
-        if kind == "zero-bubble" and per_rank == 1:  # close to it: see the module
-            work = 3 * microbatches
-            assert work / (1 - expected) - 1e-9 <= work / (1 - found) <= work / (1 - expected) + ranks / 2
-        else:
-            assert found == pytest.approx(expected), kind
+        assert found == pytest.approx(expected), kind
 
 
 def test_with_fewer_microbatches_than_ranks() -> None:
@@ -155,8 +160,8 @@ def test_a_list_as_text() -> None:
     }
     text = [" ".join(f"{short[a.step]}{a.microbatch}" for a in actions) for actions in lists]
     assert text == [
-        "F0 f>0 F1 f>1 >b0 I0 W0 >b1 I1 F2 f>2 W1 >b2 I2 W2",
-        ">f0 F0 >f1 I0 b>0 F1 I1 b>1 W0 W1 >f2 F2 I2 b>2 W2",
+        "F0 f>0 F1 f>1 >b0 I0 W0 >b1 F2 f>2 I1 W1 >b2 I2 W2",
+        ">f0 F0 >f1 I0 b>0 F1 I1 b>1 W0 >f2 F2 I2 b>2 W1 W2",
     ]
     assert str(lists[0][0]) == "forward of microbatch 0 on stage 0"
 
