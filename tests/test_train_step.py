@@ -1990,33 +1990,35 @@ def squares(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
     return loss.detach()
 
 
-def peaks() -> tuple[int, int, int]:
-    """Bytes above what is held, at the worst moment of a step: in one graph, and through the backend."""
-    x = torch.randn(8, 768)
-    found = []
-    for door in (1, 2):
-        fresh()
-        model = wide()
-        autodist.prepare(model, EAGER)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        compiled = torch.compile(model, backend="autodist", options=EAGER)
-        step: Any = functools.partial(squares, compiled, optimizer)
-        if door == 2:
-            step = functools.partial(autodist.train_step(plan=EAGER)(squares), model, optimizer)
-        step(x), step(x)
-        measured = []
-        for _ in range(5):
-            with peak_bytes() as allocations:
-                step(x)
-            measured.append(allocations.peak)
-        found.append(min(measured))  # gloo's threads may hold finished buffers longer, but not shorter
+def peaks(door: int) -> tuple[int, int, int]:
+    """Bytes above parameters at the worst moment of a step, through the backend (1) or captured (2): at the
+    allocator, and as the scheduled graphs have it, with what collectives hold on to. And those of the shards.
+    """
+    fresh()
+    x, model = torch.randn(8, 768), wide()
+    autodist.prepare(model, EAGER)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = torch.compile(model, backend="autodist", options=EAGER)
+    step: Any = functools.partial(squares, compiled, optimizer)
+    if door == 2:
+        step = functools.partial(autodist.train_step(plan=EAGER)(squares), model, optimizer)
+    step(x), step(x)
+    with peak_bytes() as allocations:
+        step(x)
+    job = next(model.parameters())._autodist_job
     shards = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[attr-defined]
-    return found[0], found[1], shards
+    predicted = max(t.peak_bytes for t in job.reports[-1].timelines.values())
+    return allocations.peak, predicted - shards, shards
 
 
 def test_gradients_die_in_their_turn() -> None:
     """Without clipping a few gradients are there at a time; through the backend, in the end, all of them.
 
-    The few, and the weights gathered ahead of their use, are a fixed number of bytes, half the shards'."""
-    for backend, step, shards in run_ranks(peaks, 2):
-        assert step < backend - 0.5 * shards, (backend, step, shards)
+    The few, and the weights gathered ahead of their use, are a fixed number of bytes, a quarter of the
+    shards'. The ranks are not there: the threads that move data for real let go of it when they next run, so
+    that what is alive is theirs to say. Without them each measurement is the program's own, to the byte.
+    """
+    with compat.fake_ranks(2):
+        measured, predicted, shards = zip(*map(peaks, (1, 2)), strict=True)
+    assert measured[1] < measured[0] - 0.7 * shards[0], (measured, shards)
+    assert predicted[1] < predicted[0] - 0.7 * shards[0], (predicted, shards)
