@@ -101,13 +101,16 @@ def _candidates() -> Iterator[nn.Module]:
                 yield compat.compiled_module(local) or local
 
 
-
-
 # --- before an optimizer's step ---------------------------------------------------------------------
 
 
+@torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """No step without effect, none on gradients that were never averaged."""
+    """No step without effect, none on gradients that were never averaged.
+
+    Registered for every optimizer of the process. Under ``torch.compile(optimizer.step)``, anyone's, it runs
+    as Python before each step: Dynamo breaks its graph there anyway, and cannot trace the search for models.
+    """
     repoint(optimizer)
     if num_ranks() > 1:
         _refuse_mixed(optimizer)

@@ -747,7 +747,7 @@ def _guarded(compiled: Callable[..., Any], run: Compilation, part: str) -> Calla
 
     def call(arguments: list[Any]) -> Any:
         monitor.at(doing)
-        with monitor.guard(doing):
+        with monitor.guard(doing, communicates=bool(run.report.signature)):
             if part != "backward" and len(run.job.agreed) > 1 and run.report.signature:
                 # There are several programs: Python may have gone different ways on different ranks.
                 check_same(run.report.signature, f"runs {doing}", run.job.group, run.job.device)

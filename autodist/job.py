@@ -159,8 +159,9 @@ class Job:
             return None
         ranks = compat.group_ranks(self.group)
         scope = f"autodist/agreement/{self.number}/{self.label}"
+        elsewhere = None if self.monitor is None else self.monitor.elsewhere
         return Agreement(
-            compat.default_store(), ranks, dist.get_rank(), self.plan.timeout, scope
+            compat.default_store(), ranks, dist.get_rank(), self.plan.timeout, scope, elsewhere
         )
 
     @cached_property

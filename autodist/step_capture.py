@@ -23,6 +23,7 @@ import operator
 import os
 import random
 import sys
+import sysconfig
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
+from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 from autodist.passes.base import StepError
@@ -48,6 +50,8 @@ from autodist.step_guards import REGISTRIES, Scheduler, Surroundings, named_obje
 from autodist.step_state import State, hyperparameters, memory_of
 
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__, compat.__file__))
+_PYTHONS = f"{sysconfig.get_path('stdlib')}{os.sep}"
+_INSTALLED = tuple(f"{sysconfig.get_path(kind)}{os.sep}" for kind in ("purelib", "platlib"))
 _FRAMES = 8
 
 
@@ -156,11 +160,11 @@ class _Capture:
         try:
             self.watch.seed()
             self.made.graph = compat.trace_step(self._traced, self.made.inputs, self.made.mode, self.watch)
-            if self.watch.asked:  # and the step has caught the error
-                raise _needs_value(self.watch.asked)
+            if self.watch.refused is not None:  # and the step, or a logger, has caught the error
+                raise self.watch.refused
             _refuse_changes(self.snapshot, self.stand_ins)
         except Exception as error:
-            _explain(error)
+            _explain(error, self.watch.refused)
             raise
         finally:
             for generator, seeded in zip(self.watch.generators, states, strict=True):
@@ -239,7 +243,7 @@ class _Capture:
             self.snapshot.stand_in(self.stand_ins)
             args, kwargs = self._arguments()
             containers = Snapshot(named_arguments(self.function, (args, kwargs)), objects=False)
-            settings = [hyperparameters(g) for g in state.groups]
+            settings = [hyperparameters(g, state.fixed) for g in state.groups]
             kept = _optimizer_states(state)
             written = [(r, compat.times_written(r)) for r in rates]
             with self.watch.of(state):
@@ -442,8 +446,8 @@ class Watch(TorchFunctionMode):
 
     ``owners`` maps the id of a leaf (what the program differentiates for) to its parameter; ``policies`` are
     those of selective checkpoints, by number. ``replaced`` has the names of parameters with stand-ins by id,
-    ``stale`` the learning rates that a scheduler would have changed. ``asked`` is the first line that asked
-    for a value.
+    ``stale`` the learning rates that a scheduler would have changed. ``refused`` is the first refusal, which
+    the step's own code may have caught.
     """
 
     def __init__(self) -> None:
@@ -456,21 +460,21 @@ class Watch(TorchFunctionMode):
         self.seeded = _SEED
         self.replaced: dict[int, str] = {}
         self.stale: dict[int, Tensor] = {}
-        self.asked = ""
+        self.refused: StepError | None = None
         self.seen: Node | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.refuse_seeds()
         given = tree_leaves((args, kwargs))
-        self._refuse_use(func, given)
         try:
+            self.refuse_seeds()
+            self._refuse_use(func, given)
             result = self._called(func, types, args, kwargs, given)
         except Exception as error:
-            if compat.needs_data(error):
-                self.asked = self.asked or line_of_user()
+            if isinstance(error, StepError) or compat.needs_data(error):
+                self.refused = self.refused or _refusal(error)
             raise
         if func in _SETS_REQUIRES_GRAD and hasattr(args[0], "_autodist_leaf"):
             args[0]._autodist_leaf.requires_grad_(args[0].requires_grad)
@@ -527,6 +531,11 @@ class Watch(TorchFunctionMode):
             )
         if any(id(x) in self.stale for x in given):
             self.refuse_stale_rate(line_of_user())
+        if any(isinstance(x, Tensor) and compat.is_transformed(x) for x in given):
+            raise StepError(
+                f"the step goes through a transform of torch.func (vmap, grad, jvp): {line_of_user()}. It "
+                "cannot be written down. Compute with whole batches, and call loss.backward()."
+            )
         if func in _OF_PARAMETERS and hasattr(given[0], "_autodist_gathered"):
             raise StepError(
                 f"the step uses {_OF_PARAMETERS[func]} of a weight that it reads as its module's attribute: "
@@ -729,7 +738,8 @@ def line_of_user() -> str:
 
 
 def _is_users(filename: str) -> bool:
-    return not filename.startswith((*_NOT_THE_USERS, "<"))
+    pythons = filename.startswith(_PYTHONS) and not filename.startswith(_INSTALLED)
+    return not (pythons or filename.startswith((*_NOT_THE_USERS, "<")))
 
 
 def _formatted(frames: Sequence[Any]) -> str:
@@ -737,8 +747,9 @@ def _formatted(frames: Sequence[Any]) -> str:
     return "".join(traceback.format_list(traceback.StackSummary.extract(iter(lines))))
 
 
-def _explain(error: Exception) -> None:
-    """Raise :class:`StepError` in the place of an error that comes of there being no data."""
+def _explain(error: Exception, refused: StepError | None) -> None:
+    """Raise :class:`StepError` in the place of an error that comes of there being no data: ``refused``, what
+    the first such error was given as, where there is one."""
     if isinstance(error, StepError):
         return
     frames = list(traceback.walk_tb(error.__traceback__))
@@ -748,12 +759,15 @@ def _explain(error: Exception) -> None:
         if compat.needs_data(error):
             inside = [(f, n) for f, n in frames if f.f_locals.get("self") is optimizer or _is_optimizers(f)]
             reason = f"it needs the value of a tensor, of which there is none yet ({_place(inside)})"
-        raise StepError(
+        refusal = StepError(
             f"{type(optimizer).__name__}.step cannot be captured: {reason}. Use another optimizer, or call "
             "its step outside, after a backward through a model compiled with backend='autodist'."
-        ) from error
+        )
+        refusal.optimizer = optimizer if compat.needs_data(error) else None
+        raise refusal from error
     if compat.needs_data(error):
-        raise _needs_value(_place([(f, n) for f, n in frames if _is_users(f.f_code.co_filename)])) from error
+        line = _place([(f, n) for f, n in frames if _is_users(f.f_code.co_filename)])
+        raise (refused or _needs_value(line)) from error
 
 
 def _place(frames: Sequence[tuple[Any, int]]) -> str:
@@ -764,9 +778,23 @@ def _place(frames: Sequence[tuple[Any, int]]) -> str:
 def _needs_value(line: str) -> StepError:
     return StepError(
         f"the step needs the value of a tensor: {line}. It is captured once, without data, so it cannot "
-        "branch on a tensor, take a number out of one or print one. Use torch.where, return the tensor and "
-        "look at it after the step, or leave this part out of the function."
+        "branch on a tensor, take a number out of one or print one. Use torch.where, pass a number (each "
+        "makes a program of its own), or return the tensor and look at it after the step."
     )
+
+
+def _refusal(error: Exception) -> StepError:
+    """What to say of an error of the call of torch that is being made."""
+    if isinstance(error, StepError):
+        return error
+    selves = (f.f_locals.get("self") for f in compat.python_frames())
+    if any(isinstance(x, AveragedModel) for x in selves):
+        return StepError(
+            f"the step averages with an AveragedModel, which looks at how often it has: {line_of_user()}. "
+            "Call update_parameters after the step, or write the average with operators, under "
+            "torch.no_grad(): a.lerp_(p, 0.1) for a, p in zip(average.parameters(), model.parameters())."
+        )
+    return _needs_value(line_of_user())
 
 
 def _is_optimizers(frame: Any) -> bool:
@@ -821,7 +849,8 @@ def _refuse_settings(
     """``rates`` are the learning rates and how often each had been written into."""
     left = iter(rates)
     for old, group in zip(before, state.groups, strict=True):
-        changed = [k for k, v in hyperparameters(group).items() if k not in old or not _kept(old[k], v)]
+        now = hyperparameters(group, state.fixed)
+        changed = [k for k, v in now.items() if k not in old or not _kept(old[k], v)]
         if "lr" in group and "lr" not in old:
             rate, written = next(left)
             kept = group["lr"] is rate or id(group["lr"]) in stale

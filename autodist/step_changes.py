@@ -26,6 +26,7 @@ from autodist.step_guards import (
     global_names,
     is_filled,
     is_library,
+    is_note_of_tensor,
     is_open,
     named_objects,
     same_value,
@@ -221,10 +222,10 @@ def _substituted(value: Any, stand_ins: Mapping[int, Any]) -> Any:
 def _same(now: Any, before: Any, stand_ins: Mapping[int, Any]) -> bool:
     if now is before or now is stand_ins.get(id(before), before):
         return True
-    if type(now) is type(before) and isinstance(now, tuple):
+    if type(now) is type(before) and isinstance(now, (tuple, list)):  # another list of the same is as good
         pairs = zip(now, before, strict=False)
         return len(now) == len(before) and all(_same(a, b, stand_ins) for a, b in pairs)
-    return same_value(now, before)
+    return same_value(now, before) or (is_note_of_tensor(now) and is_note_of_tensor(before))
 
 
 def named_arguments(

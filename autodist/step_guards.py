@@ -27,8 +27,9 @@ import operator
 import os
 import sys
 import sysconfig
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
@@ -42,8 +43,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from autodist.passes.base import StepError
 from autodist.runtime import compat
-from autodist.runtime.compat import local_part
-from autodist.runtime.parameters import MovedParameter
+from autodist.runtime.compat import local_part, tree_flatten, tree_leaves
+from autodist.runtime.parameters import MovedParameter, containers, parameter_name, weight_name
 
 Scheduler = (LRScheduler, ReduceLROnPlateau)
 PLAIN = (
@@ -64,10 +65,12 @@ _INSTALLED = tuple(f"{path}{os.sep}" for path in (*_PLACES, Path(__file__).paren
 class Surroundings:
     """What can be read from ``roots`` (name, object), as it was when this was made.
 
-    ``values`` are the plain values and objects found, ``names`` where each was.
+    ``values`` are the plain values and objects found, ``names`` where each was. Parameter groups with the ids
+    ``fixed`` have learning rates that count as values.
     """
 
-    def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
+    def __init__(self, roots: Iterable[tuple[str, Any]], fixed: Collection[int] = ()) -> None:
+        self._fixed = fixed
         self.values: list[Any] = []
         self.names: list[str] = []
         self._reads: dict[int, tuple[Any, dict[Any, Any]]] = {}
@@ -79,6 +82,7 @@ class Surroundings:
         self._items: list[Any] = []
         self._attributes: list[tuple[Any, str, Any]] = []
         self._arrays: list[tuple[Any, Any]] = []
+        self._held: list[tuple[Any, list[Any]]] = []
         self._hooks = compat.hooks_registered()
         self._seen: dict[int, tuple[int, Any]] = {}
         self._inside = False  # the first function, the step, may be anyone's
@@ -105,6 +109,7 @@ class Surroundings:
                 and all(getattr(owner, key) is value for owner, key, value in self._attributes)
                 and all(map(_is, _flat(self._listed), self._items))
                 and all(_content(array) == then for array, then in self._arrays)
+                and all(_same_leaves(value, then) for value, then in self._held)
             )
         except (LookupError, AttributeError, ValueError):  # it is gone; a cell has been emptied
             return False
@@ -137,6 +142,8 @@ class Surroundings:
     def _visit(self, name: str, value: Any, depth: int) -> None:
         if isinstance(value, PLAIN):
             self._leaf(name, value)
+        elif is_note_of_tensor(value):
+            self._leaf(name, type(value))
         elif id(value) in self._seen:
             self._leaf(name, self._seen[id(value)][0])
         else:
@@ -220,8 +227,11 @@ class Surroundings:
         own = vars(module)
         self._leaf(name, module)
         self._sized.append(own)
+        held = containers(module)
         for key in list(own):
-            if key not in REGISTRIES:
+            if key in held:
+                self._container(f"{name}.{key}", self._read(own, key))
+            elif key not in REGISTRIES:
                 self._visit(f"{name}.{key}", self._read(own, key), 1)
         self._mapping(name, module._parameters, 0)
         self._buffers(name, module._buffers)
@@ -229,6 +239,15 @@ class Surroundings:
         for hooks in filter(None, compat.forward_hooks(module)):
             self._mapping(f"a hook of {name}", hooks, 1, with_keys=False)
         self._class(type(module))
+
+    def _container(self, name: str, value: Any) -> None:
+        """Parameters, or what was gathered of them when the module last ran eagerly: which ones they are."""
+        leaves, structure = tree_flatten(value)
+        self._held.append((value, leaves))
+        self._leaf(name, str(structure))
+        for leaf in leaves:
+            weight = parameter_name(leaf) or weight_name(leaf)
+            self._visit(name, leaf if weight is None else weight, 1)
 
     def _submodules(self, name: str, children: dict[str, nn.Module | None]) -> None:
         if children:
@@ -263,7 +282,7 @@ class Surroundings:
             for key in list(group):
                 if key == "params":
                     self._visit(f"{name}.param_groups[{i}]['params']", self._read(group, key), 1)
-                elif not (key == "lr" and lifts(group)):
+                elif not (key == "lr" and lifts(group, self._fixed)):
                     self._leaf(name, key)
                     self._visit(f"{name}.param_groups[{i}]['{key}']", self._read(group, key), 1)
         self._class(type(optimizer))
@@ -420,9 +439,10 @@ def is_filled(cell: Any) -> bool:
         return False
 
 
-def lifts(group: Mapping[str, Any]) -> bool:
-    """Whether a group has a learning rate, which may change from step to step."""
-    return is_number(group.get("lr")) or isinstance(group.get("lr"), Tensor)
+def lifts(group: Mapping[str, Any], fixed: Collection[int]) -> bool:
+    """Whether a group has a learning rate, which may change from step to step; not those with the ids
+    ``fixed``, whose optimizers ask for the number."""
+    return id(group) not in fixed and (is_number(group.get("lr")) or isinstance(group.get("lr"), Tensor))
 
 
 def is_number(value: Any) -> bool:
@@ -451,11 +471,22 @@ def _slots(kind: type) -> list[str]:
     return sorted(n for n in names if not n.startswith("__"))
 
 
+def is_note_of_tensor(value: Any) -> bool:
+    """Whether this is a weak reference to a tensor: a note of which object there was, as ``nn.LSTM`` keeps of
+    its weights. A program has inputs for tensors, whichever objects they are."""
+    return isinstance(value, weakref.ref) and isinstance(value(), (Tensor, type(None)))
+
+
 def tensor_kind(tensor: Tensor) -> tuple[Any, ...]:
     """What a program that takes a tensor as its input knows of it."""
     local = local_part(tensor)
     hooked = isinstance(tensor, nn.Parameter) and compat.has_gradient_hooks(tensor)
     return type(tensor), tensor.shape, local.shape, local.stride(), local.dtype, local.device, hooked
+
+
+def _same_leaves(value: Any, then: list[Any]) -> bool:
+    now = tree_leaves(value)
+    return len(now) == len(then) and all(map(_is, now, then))
 
 
 def _content(array: Any) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ import functools
 import itertools
 import operator
 from collections import ChainMap, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,11 +81,17 @@ class State:
     moments: list[Moment] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     around: Surroundings = field(default_factory=lambda: Surroundings([]))
+    fixed: Collection[int] = ()
 
     @classmethod
-    def of(cls, roots: Roots, around: Surroundings | None = None) -> State:
-        """The state as it is; to be asked later whether it stands, it is given what is ``around``."""
-        state = cls(roots)
+    def of(
+        cls, roots: Roots, around: Surroundings | None = None, fixed: Collection[int] = ()
+    ) -> State:
+        """The state as it is; to be asked later whether it stands, it is given what is ``around``.
+
+        ``fixed`` are ids of parameter groups whose learning rates are no tensors of the state, but values.
+        """
+        state = cls(roots, fixed=fixed)
         state.around = around or state.around
         state._find_tensors()
         state.find_moments()
@@ -168,7 +174,7 @@ class State:
 
     def own_rates(self) -> list[Any]:
         """The learning rates, group by group, as they are kept."""
-        return [g["lr"] for g in self.groups if lifts(g)]
+        return [g["lr"] for g in self.groups if lifts(g, self.fixed)]
 
     def rates(self) -> list[Tensor]:
         """The learning rates as tensors."""
@@ -265,7 +271,7 @@ class State:
             left = iter(rates)
             for group in self.groups:
                 group["params"] = [other[id(p)] for p in group["params"]]
-                if lifts(group):
+                if lifts(group, self.fixed):
                     group["lr"] = next(left)
                 group.update({k: v for k, v in _CAPTURED.items() if k in group})
             yield
@@ -288,9 +294,9 @@ _END = (object(),)  # tells a list from one that goes on
 _gradient, _trained = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 
 
-def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's settings, but for the learning rate."""
-    return {k: v for k, v in group.items() if k != "params" and not (k == "lr" and lifts(group))}
+def hyperparameters(group: Mapping[str, Any], fixed: Collection[int]) -> dict[str, Any]:
+    """A group's settings, but for a learning rate that is lifted."""
+    return {k: v for k, v in group.items() if k != "params" and not (k == "lr" and lifts(group, fixed))}
 
 
 class _Numbers:

@@ -94,7 +94,10 @@ class TrainStep:
         self._version = 0
         self._versions: list[list[Any]] = []
         self._changed: str | None = None
+        self._said: set[str] = set()
         self._sizes: dict[int, list[set[int]]] = {}
+        self._symbols = True
+        self._fixed: list[Any] = []
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -129,11 +132,8 @@ class TrainStep:
                 return program.run(state, tensors, gradients)
         _refuse_views(state, tensors)
         self._prepare(state)
-        state = self._current_state(others, fresh=True)
-        gradients = state.gradients()
-        key = self._key(structure, others, tensors, state, gradients)
-        program = self._make(key, (args, kwargs), state, tensors)
-        return program.run(state, tensors, gradients)
+        program, state = self._make((args, kwargs), structure, others, tensors)
+        return program.run(state, tensors, state.gradients())
 
     def _key(
         self, structure: Any, others: list[Any], tensors: Sequence[Tensor], state: State,
@@ -161,9 +161,10 @@ class TrainStep:
         objects = [x for x in others if not isinstance(x, PLAIN)]
         same = len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
         if fresh or not same or self._state is None or not self._state.stands():
-            around = Surroundings(step_roots(self.function, objects))
+            fixed = {id(g) for o in self._fixed for g in o.param_groups}
+            around = Surroundings(step_roots(self.function, objects), fixed)
             old = self._state
-            self._state = State.of(roots_of(self.function, objects), around)
+            self._state = State.of(roots_of(self.function, objects), around, fixed)
             if old is not None:
                 self._changed = old.around.difference(around) or self._changed
             self._objects = objects
@@ -191,14 +192,15 @@ class TrainStep:
             self.job = start_job(dataclasses.replace(self.plan, dp=None, sp=1), device, alone=True)
 
     def _make(
-        self, key: _Key, arguments: tuple[tuple[Any, ...], dict[str, Any]], state: State,
+        self, arguments: tuple[tuple[Any, ...], dict[str, Any]], structure: Any, others: list[Any],
         tensors: Sequence[Tensor],
-    ) -> Program:  # fmt: skip
+    ) -> tuple[Program, State]:  # fmt: skip
         assert self.job is not None
         dynamic = self._changing(tensors)
         try:
             with self.job.failing_together():
-                captured = capture(self.function, arguments, state, dynamic)
+                captured, state = self._captured(arguments, others, dynamic)
+            key = self._key(structure, others, tensors, state, state.gradients())
             compiled = compile_step(captured, self.job, kernels=not captured.new_moments)
         except ZeroDivisionError as error:
             if all(x.numel() for x in tensors):
@@ -207,6 +209,12 @@ class TrainStep:
                 "an argument is an empty tensor, and the step divides by its size. Leave such a batch out."
             ) from error
         program = Program(key, captured, compiled, self.job)
+        if self.programs and self._changed and self._changed not in self._said:
+            self._said.add(self._changed)
+            log.info(
+                "'%s' has changed: another program is made of %s, one for each of its values",
+                self._changed, self.function.__name__,
+            )  # fmt: skip
         if not captured.new_moments:
             self.programs.append(program)
         if len(self.programs) == _MANY_PROGRAMS:
@@ -215,10 +223,51 @@ class TrainStep:
                 "what changes from call to call as a tensor", _MANY_PROGRAMS, self.function.__name__,
                 f" (lately of '{self._changed}')" if self._changed else "",
             )  # fmt: skip
-        return program
+        return program, state
+
+    def _captured(
+        self, arguments: tuple[tuple[Any, ...], dict[str, Any]], others: list[Any],
+        dynamic: dict[int, set[int]],
+    ) -> tuple[Captured, State]:  # fmt: skip
+        """The step, captured with the learning rates as tensors; where an optimizer asks for the number, with
+        that one's as constants."""
+        state = self._current_state(others, fresh=True)
+        try:
+            return self._capture(arguments, state, dynamic), state
+        except StepError as error:
+            if error.optimizer is None or error.optimizer in self._fixed:
+                raise
+            self._fixed.append(error.optimizer)
+            state = self._current_state(others, fresh=True)
+            try:
+                return self._capture(arguments, state, dynamic), state
+            except StepError as other:
+                self._fixed.pop()
+                raise (other if other.optimizer is None else error) from None
+
+    def _capture(
+        self, arguments: tuple[tuple[Any, ...], dict[str, Any]], state: State, dynamic: dict[int, set[int]]
+    ) -> Captured:
+        """With symbols for sizes that change; where Python cannot do with symbols, with these sizes alone."""
+        try:
+            return capture(self.function, arguments, state, dynamic)
+        except StepError:
+            raise
+        except Exception as error:
+            if not dynamic:
+                raise
+            captured = capture(self.function, arguments, state, {})
+            self._symbols = False
+            log.warning(
+                "%s needs a size that changes from call to call as a number (%s), so each makes a program",
+                self.function.__name__, str(error).partition("\n")[0],
+            )  # fmt: skip
+            return captured
 
     def _changing(self, tensors: Sequence[Tensor]) -> dict[int, set[int]]:
         """Dimensions whose sizes have been seen to change, for each tensor by number."""
+        if not self._symbols:
+            return {}
         found: dict[int, set[int]] = {}
         for i, x in enumerate(tensors):
             seen = self._sizes.setdefault(i, [])

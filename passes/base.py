@@ -54,7 +54,12 @@ class PassError(RuntimeError):
 
 
 class StepError(RuntimeError):
-    """A training step does something that a captured program could not do again."""
+    """A training step does something that a captured program could not do again.
+
+    ``optimizer`` is the one whose own code asks for a value that is not there, if that is the reason.
+    """
+
+    optimizer: Any = None
 
 
 @dataclass(frozen=True)

@@ -337,6 +337,12 @@ class _Modes:
         self.graph.call_function(compat.exit_autocast, (entered,)).meta["example_value"] = None
 
 
+class _Differentiated(torch.fx.Interpreter):
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with compat.taken_apart_for_training(target):
+            return super().call_function(target, args, kwargs)
+
+
 def joint_of(program: GraphModule, region: Region) -> tuple[GraphModule, tuple[list[Any], list[Any]]]:
     """Forward and backward of a region's program in one graph, and its inputs (primals, tangents).
 
@@ -348,7 +354,7 @@ def joint_of(program: GraphModule, region: Region) -> tuple[GraphModule, tuple[l
     loss = region.loss.meta["val"]
     with compat.fake_mode_of([loss]) or contextlib.nullcontext():
         tangent = torch.ones_like(loss)
-    graph = compat.trace_joint(torch.fx.Interpreter(program).run, primals, leaves, [tangent])
+    graph = compat.trace_joint(_Differentiated(program).run, primals, leaves, [tangent])
     graph.graph.eliminate_dead_code()
     fill_values(graph)
     for node, source in zip(graph.graph.find_nodes(op="placeholder"), region.inputs, strict=False):

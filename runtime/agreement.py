@@ -29,8 +29,9 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -44,6 +45,7 @@ from autodist.runtime import compat
 
 # Seconds to wait for a rank that is known to be alive: it has posted to this round already.
 _GRACE = 10.0
+_LOOK = 3.0  # seconds between two looks at where ranks are that have not come
 
 _FAILED = "failed"  # posted for digests by a rank that will not come
 _NUMBER = "number"  # posted beside digests, where ranks look for the largest
@@ -61,7 +63,8 @@ class MissingRanksError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Verdict:
-    """``kind``: "agreed" (``text`` is the leader's value), "differs" or "missing" (it says how)."""
+    """``kind``: "agreed" (``text`` is the leader's value), "differs", "elsewhere", "missing" (it says how).
+    """
 
     kind: str
     text: str
@@ -73,12 +76,14 @@ class Agreement:
 
     ``ranks`` are the group's global ranks, ``rank`` this one, ``timeout`` the seconds a rank waits
     for the others. All ranks make the same calls in the same order. ``scope`` prefixes the keys:
-    the group's own, and not used before on this store.
+    the group's own, and not used before on this store. ``elsewhere`` says what others do that cannot come,
+    if there are such.
     """
 
     def __init__(
-        self, store: dist.Store, ranks: Sequence[int], rank: int, timeout: float, scope: str
-    ) -> None:
+        self, store: dist.Store, ranks: Sequence[int], rank: int, timeout: float, scope: str,
+        elsewhere: Callable[[], str | None] | None = None,
+    ) -> None:  # fmt: skip
         if rank not in ranks:
             raise ValueError(f"Rank {rank} is not one of the ranks that agree: {list(ranks)}.")
         self._store = dist.PrefixStore(scope, store)
@@ -86,6 +91,7 @@ class Agreement:
         self._rank = rank
         self._leader = self._ranks[0]
         self._timeout = timeout
+        self._elsewhere = elsewhere
         self._round = 0
 
     def require(
@@ -159,7 +165,7 @@ class Agreement:
                 f"Lost the key-value store while ranks were to agree on {subject}. The process "
                 "that hosts it (rank 0, or torchrun) has ended: look at its output."
             ) from error
-        raise (DisagreementError if differs else MissingRanksError)(sentence)
+        raise (MissingRanksError if verdict.kind == "missing" else DisagreementError)(sentence)
 
     def _settle(
         self,
@@ -176,14 +182,30 @@ class Agreement:
         if number is not None:
             digests[_NUMBER] = number
         self._store.set(self._key("digest", self._rank), json.dumps(digests))
-        if self._rank != self._leader and self._wait([self._key("verdict")], self._timeout):
+        leads = self._rank == self._leader
+        came, elsewhere = self._wait_for_ranks(self._keys("digest") if leads else [self._key("verdict")])
+        if came and not leads:
             return _Verdict(**json.loads(self._store.get(self._key("verdict"))))
-        if self._rank == self._leader and self._wait(self._keys("digest"), self._timeout):
+        if came:
             proposal = self._judge(subject, value)
+        elif elsewhere is not None:
+            here = f"Ranks do not agree on {subject}: {ranks_text([self._rank])} has made it, and"
+            proposal = _Verdict("elsewhere", f"{here} {elsewhere}.\n{_REMEDY}")
         else:
             proposal = self._missing(subject)
         word = self._store.compare_set(self._key("verdict"), "", json.dumps(asdict(proposal)))
         return _Verdict(**json.loads(word))
+
+    def _wait_for_ranks(self, keys: Sequence[str]) -> tuple[bool, str | None]:
+        """Whether all ``keys`` appear in time; if not, what ranks do that cannot come, if there are such."""
+        end = time.monotonic() + self._timeout
+        while (left := end - time.monotonic()) > 0:
+            if self._wait(keys, left if self._elsewhere is None else min(left, _LOOK)):
+                return True, None
+            found = None if self._elsewhere is None else self._elsewhere()
+            if found is not None:
+                return False, found
+        return False, None
 
     def _judge(self, subject: str, value: str) -> _Verdict:
         posted = [json.loads(digests) for digests in self._store.multi_get(self._keys("digest"))]

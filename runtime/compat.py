@@ -106,6 +106,8 @@ def shape_tracing_mode() -> FakeTensorMode:
 
 def fake_of(mode: FakeTensorMode, real: torch.Tensor, dynamic: set[int], number: int) -> torch.Tensor:
     """A fake of ``real`` in ``mode``, with symbols for the sizes of the dimensions ``dynamic``."""
+    if real.dim() == 0:  # with a source, torch would give the integer it holds out as a symbol
+        return mode.from_tensor(real, static_shapes=True)
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
@@ -189,7 +191,8 @@ def trace_step(
             return function(*args)
 
     trace = make_fx(watched, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
-    with mode, torch.enable_grad(), _compiling():
+    # What has been compiled already is captured as what it was made of.
+    with mode, torch.enable_grad(), _compiling(), torch.compiler.set_stance("force_eager"):
         return trace(*fakes)
 
 
@@ -289,6 +292,24 @@ def trace_joint(
         torch.autograd.set_multithreading_enabled(False),
     ):
         return trace(list(primals), list(tangents))
+
+
+@contextlib.contextmanager
+def taken_apart_for_training(target: Any) -> Iterator[None]:
+    """Within, a composite operator is traced as operators whose backward can be traced too.
+
+    Of an LSTM on a CPU torch makes calls of a kernel for inference, unless its input requires a gradient,
+    though its weights may; run without autograd, that kernel leaves out what its backward asks for.
+    """
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(enabled and target not in _LSTMS)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+_LSTMS = (torch.ops.aten.lstm.input, torch.ops.aten.lstm.data)
 
 
 def input_descriptor(number: int) -> Any:
@@ -1039,6 +1060,11 @@ def fake_ranks(count: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for others, inside of ``torch.func``: in ``vmap`` for the rows of a batch."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def needs_data(error: BaseException) -> bool:

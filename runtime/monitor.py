@@ -10,8 +10,11 @@ is a record in the key-value store, written by a thread every ``interval`` secon
 place, and the seconds spent there. A rank is *silent* when its count stands still for more than
 three intervals.
 
-    beat = (count, state, place, seconds)
+    beat = (count, state, place, seconds, begun, inside)
     state: runs | lost (a peer)  | failed (with an error of its own) | ended
+
+``begun`` is the number of communicating programs that a rank has begun to run, and ``inside`` whether it is
+still in the last one. Ranks run them together, so one that has begun fewer is being waited for.
 
 Invariants:
 - no clock of another machine is read: silence is two equal counts, seen more than three intervals
@@ -71,6 +74,8 @@ class Beat:
     state: str
     place: str
     seconds: float
+    begun: int = 0
+    inside: bool = False
 
 
 class RankMonitor:
@@ -93,6 +98,7 @@ class RankMonitor:
         self._interval = interval
         self._counts = itertools.count()
         self._stopping = threading.Event()
+        self._begun, self._inside = 0, False
         self.at("start")
         self._publish()
         self._thread = threading.Thread(target=self._run, name="autodist-monitor", daemon=True)
@@ -103,15 +109,29 @@ class RankMonitor:
         """This rank's program is now at ``place``. Cheap: the thread does the telling."""
         self._now = ("runs", place, time.monotonic())
 
+    def elsewhere(self) -> str | None:
+        """What ranks do that wait, in a program, for this rank, which is in none: they can wait for ever."""
+        beats = {r: b for r, b in self._read().items() if b is not None and b.inside and b.state == "runs"}
+        ahead = [r for r, b in beats.items() if b.begun > self._begun]
+        if not ahead:
+            return None
+        found = f"{ranks_text(ahead)} {'runs' if len(ahead) == 1 else 'run'} {beats[ahead[0]].place}"
+        self._now = ("failed", f"{self._now[1]}, while {found}", time.monotonic())
+        self._publish()
+        return found
+
     @contextmanager
-    def guard(self, doing: str) -> Iterator[None]:
-        """Within, this rank is at ``doing``; a communication error becomes a :class:`PeerError`.
+    def guard(self, doing: str, communicates: bool = False) -> Iterator[None]:
+        """Within, this rank is at ``doing``, a program that ``communicates`` or not; a communication error
+        becomes a :class:`PeerError`.
 
         The error says which ranks are silent, have failed or are elsewhere; it comes at most four
         intervals after the original, which is its cause. Other errors pass untouched, and the other
         ranks learn of them.
         """
         self.at(doing)
+        self._begun += communicates
+        self._inside = communicates
         try:
             yield
         except BaseException as error:
@@ -123,6 +143,8 @@ class RankMonitor:
             if lost:
                 raise PeerError(self._explain(doing, error)) from error
             raise
+        finally:
+            self._inside = False
         self.at(f"the program, after {doing}")
 
     def stop(self) -> None:
@@ -176,7 +198,8 @@ class RankMonitor:
 
     def _publish(self) -> None:
         state, place, since = self._now
-        beat = Beat(next(self._counts), state, place, time.monotonic() - since)
+        seconds = time.monotonic() - since
+        beat = Beat(next(self._counts), state, place, seconds, self._begun, self._inside)
         self._store.set(str(self._rank), json.dumps(asdict(beat)))
 
     def _read(self) -> dict[int, Beat | None]:

@@ -396,6 +396,11 @@ def parameter_name(value: Any) -> str | None:
     return getattr(value, "_autodist_name", None)
 
 
+def weight_name(value: Any) -> str | None:
+    """The name of the parameter that a gathered weight is a copy of."""
+    return value.weight_name if isinstance(value, GatheredWeight) else None
+
+
 def containers(module: nn.Module) -> tuple[str, ...]:
     """Attributes through which ``module`` holds sharded parameters outside its registry."""
     return getattr(type(module), "_autodist_held", ())

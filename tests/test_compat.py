@@ -273,6 +273,35 @@ def test_groups_by_name() -> None:
         assert compat.group_ranks(outer) == [0, 3] and compat.group_ranks(inner) == [0, 1, 2]
 
 
+def test_an_lstm_for_training_has_no_kernel_for_inference() -> None:
+    """With that kernel, which torch takes where inputs have no gradients, the backward lacks a workspace."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    lstm = torch.ops.aten.lstm.input
+
+    def run(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        state = [torch.zeros(1, 2, 4)] * 2
+        with compat.taken_apart_for_training(lstm):
+            return lstm(x, state, weights, True, 1, 0.0, True, False, True)[0]
+
+    given = [torch.ones(s) for s in ((2, 3, 5), (16, 5), (16, 4), (16,), (16,))]
+    assert "mkldnn" not in make_fx(run)(*given).code
+    assert torch._C._get_mkldnn_enabled()
+
+
+def test_transformed_tensors() -> None:
+    seen = []
+    torch.func.vmap(lambda x: seen.append(compat.is_transformed(x)) or x)(torch.ones(2))
+    assert seen == [True] and not compat.is_transformed(torch.ones(2))
+
+
+def test_integers_keep_no_value() -> None:
+    fake = compat.fake_of(compat.shape_tracing_mode(), torch.tensor(3), set(), 0)
+    with pytest.raises(Exception) as caught:
+        fake.item()
+    assert compat.needs_data(caught.value)
+
+
 def test_fake_ranks_communicate_without_data() -> None:
     with compat.fake_ranks(4):
         group = compat.mesh_group_name(init_device_mesh("cpu", (4,)))

@@ -588,6 +588,7 @@ def untraceable() -> list[str]:
         compiled(**batch(0, dist.get_rank())).loss.backward()
         if build is Untraced or prepared_job(model) is None:
             messages.append(refusal(autodist.PrepareError, both[0].step))
+            messages.append(refusal(autodist.PrepareError, torch.compile(both[0].step, backend="eager")))
         both[0].zero_grad()
         autodist.prepare(model, EAGER)
         for step in (0, 1):
@@ -600,12 +601,38 @@ def untraceable() -> list[str]:
     return messages
 
 
+def compiled_steps() -> None:
+    """Of a model that has nothing to do with autodist, in a process that has imported it."""
+    graphs = []
+
+    def kept(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    reference = copy.deepcopy(model)
+    for module in (model, reference):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        step = torch.compile(optimizer.step, backend=kept) if module is model else optimizer.step
+        for _ in range(3):
+            module(torch.ones(2, 3)).square().sum().backward()
+            step()
+            optimizer.zero_grad()
+    assert len(graphs) == 1
+    check_parameters(model, reference)
+
+
 def test_models_built_on_meta() -> None:
     run_ranks(built_on_meta, 2)
 
 
 def test_prepare() -> None:
     run_ranks(preparations, 2)
+
+
+def test_a_compiled_step_of_another_model() -> None:
+    run_ranks(compiled_steps, 2)
 
 
 def test_a_model_that_cannot_be_traced() -> None:
