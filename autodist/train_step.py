@@ -38,7 +38,7 @@ from autodist.compiler import compile_step
 from autodist.job import Job, num_ranks, start_job
 from autodist.logs import log
 from autodist.passes.base import StepError
-from autodist.plan import Plan, PlanLike
+from autodist.plan import Plan, PlanError, PlanLike
 from autodist.prepare import prepare, prepared_job, repoint
 from autodist.runtime import compat
 from autodist.runtime.compat import tree_flatten, tree_leaves, tree_unflatten
@@ -86,6 +86,14 @@ class TrainStep:
             raise StepError(
                 f"'{function.__name__}' is a generator or a coroutine: calling it runs nothing of it. Write "
                 "the step as a function that returns what it makes."
+            )
+        if self.plan.pp > 1:
+            raise PlanError(
+                f"plan field 'pp' is {self.plan.pp}, and a captured step is not cut into stages: compile "
+                "the model, "
+                "torch.compile(model, backend='autodist', options={'pp': ...}), and write the step around "
+                "it, "
+                "with autodist.clip_grad_norm_ where it clips."
             )
         self.job: Job | None = None
         self.programs: list[Program] = []

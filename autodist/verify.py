@@ -35,6 +35,7 @@ from autodist.prepare import prepare, prepared_job
 from autodist.runtime import compat
 from autodist.runtime.compat import tree_map
 from autodist.runtime.parameters import containers, distribute, whole_value
+from autodist.runtime.stage_parameters import is_here, owners
 
 _SHOWN = 8
 _TINY = 1e-30
@@ -108,7 +109,8 @@ def verify(
     """
     root = compat.compiled_module(model) or model
     if num_ranks() > 1:
-        prepare(root, compat.compile_options(model))
+        arguments = tuple(batch) if isinstance(batch, list) else batch
+        prepare(root, compat.compile_options(model), batch=arguments)
     compiled: Any = model
     if compat.compiled_module(model) is None:
         compiled = torch.compile(model, backend="autodist")
@@ -220,7 +222,17 @@ class _Step:
         if self.job is None or self.job.mesh is None:
             return total
         dist.all_reduce(total, group=self.job.mesh.get_group())
-        return distribute(total / self.job.mesh.size(), self.job.mesh, _is_sharded(parameter)).to_local()
+        if isinstance(parameter, DTensor) and not is_here(parameter):
+            return total[:0]
+        mesh = self.job.stage_mesh(self.job.place)
+        return distribute(total / self.job.mesh.size(), mesh, _is_sharded(parameter)).to_local()
+
+    def copies(self, parameter: Tensor) -> int:
+        """How many ranks hold the same elements of a parameter."""
+        if self.job is None or self.job.mesh is None:
+            return 1
+        replicas = 1 if _is_sharded(parameter) else self.job.stage_mesh(self.job.place).size()
+        return replicas * max(1, len(owners(parameter)))
 
     def over_ranks(self, numbers: list[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         if self.job is None or self.job.mesh is None:
@@ -248,8 +260,11 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _whole(parameter: nn.Parameter) -> nn.Parameter:
-    kept = parameter.detach()
-    value = whole_value(kept) if isinstance(kept, DTensor) else kept.clone()
+    if owners(parameter):
+        value = whole_value(parameter)
+    else:
+        kept = parameter.detach()
+        value = whole_value(kept) if isinstance(kept, DTensor) else kept.clone()
     return nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
@@ -331,7 +346,7 @@ class _Pair:
 def _pairs(mine: _Outcome, reference: _Outcome, step: _Step) -> list[_Pair]:
     parameters, ranks = step.parameters, step.num_ranks
     gradients = [
-        _Pair(n, "gradient", mine.gradients[n], r, 1 if _is_sharded(parameters[n]) else ranks)
+        _Pair(n, "gradient", mine.gradients[n], r, step.copies(parameters[n]))
         for n, r in reference.gradients.items()
         if r is not None
     ]

@@ -300,6 +300,23 @@ def test_a_model_on_meta() -> None:
     assert sum(held) == total and max(held) < 0.7 * total
 
 
+def verified() -> list[bool]:
+    """verify() takes pipelines, and notices a gradient that is not the model's."""
+    torch._dynamo.reset()
+    given = batch("llama_tied", 0, 0, 4)
+    model = build("llama_tied")
+    compiled = torch.compile(model, backend="autodist", options={**EAGER, "pp": 2})
+    right = autodist.verify(compiled, given).passed
+    if is_here(model.lm_head._parameters["weight"]):
+        model.lm_head._parameters["weight"].register_hook(lambda grad: grad * 1.5)
+    return [right, autodist.verify(compiled, given).passed]
+
+
+@pytest.mark.distributed
+def test_verify() -> None:
+    assert run_ranks(verified, 2) == [[True, False]] * 2
+
+
 # --- what is refused -----------------------------------------------------------------------------------
 
 

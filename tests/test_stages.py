@@ -476,7 +476,7 @@ def test_seconds_of_a_backward_that_is_not_there_yet(name: str) -> None:
     leaves = [i for i, n in enumerate(placeholders) if n.name in program.inputs.parameters]
     with compat.fake_mode_of(primals) as mode, mode:
         tangent = torch.ones(())
-    joint = compat.trace_joint(Interpreter(program.graph).run, primals, leaves, tangent)
+    joint = compat.trace_joint(Interpreter(program.graph).run, primals, leaves, [tangent])
     followed = Chain(program.graph, program.inputs).followed
     both = [
         *graph_seconds(program.graph.graph, CPU, fused=True).values(),
