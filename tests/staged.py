@@ -127,13 +127,12 @@ def assert_same(program: Program, stages: Sequence[StageGraph]) -> None:
     found, parts = run_stages(program, stages)
     losses = [s.results[s.loss].index for s in stages if s.loss is not None]
     for index, value in found.items():
-        torch.testing.assert_close(value, wanted[index])
+        torch.testing.assert_close(value, wanted[index], equal_nan=True)
         assert value.requires_grad == (index in losses)
     assert set(found) == set(range(len(wanted)))
     assert {n for n, g in gradients.items() if g.any()} <= set(parts) <= set(gradients)
-    for name, gradient in parts.items():
-        wanted_one = gradients[name]
-        torch.testing.assert_close(gradient, wanted_one, rtol=1e-5, atol=1e-6, msg=f"{name}: {{}}".format)
+    for name, gradient in parts.items():  # products of many values may overflow, in both
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def _leaf(program: Program, name: str) -> Tensor:

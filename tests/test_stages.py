@@ -72,7 +72,7 @@ def programs(draw: st.DrawFn) -> Program:
                 values.append(a.tanh())
             elif kind == "split":
                 left, right = a.chunk(2, -1)
-                values += [torch.cat([right, left.exp().clamp(max=2)], -1), torch.cat([left, left], -1)]
+                values += [torch.cat([right, left.clamp(-2, 2).exp()], -1), torch.cat([left, left], -1)]
             elif kind == "slice":
                 values.append(a[:, 1:].sum(1, keepdim=True) + a)
             elif kind == "turn":
