@@ -177,6 +177,7 @@ def _cut(
     weights = {placeholders[i].name for i in (*program.parameters, *program.buffers)}
     wanted = plan.microbatches or _PER_RANK * plan.pp
     made = microbatch(graph, fakes, weights, wanted, compat.mesh_group_name(job.pipeline))
+    _note_numbers(made.graph, fakes)
     shapes = tuple(n.meta["val"] if isinstance(n, Node) else n for n in output_of(graph).args[0])  # type: ignore[union-attr]
     loss = _loss_of(made, program) if program.trains else None
     _detach_others(made.graph, loss)
@@ -233,9 +234,14 @@ def _static(
         return list(Interpreter(program.core.graph).run(*inputs))
 
     graph = compat.trace_before_autograd(run, fakes)
-    for node in graph.graph.find_nodes(op="placeholder"):
-        node.meta.setdefault("val", None)
+    _note_numbers(graph, fakes)
     return graph, fakes
+
+
+def _note_numbers(graph: GraphModule, inputs: Sequence[Any]) -> None:
+    """Say of inputs that are numbers which they are: tracing says it of tensors alone."""
+    for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=False):
+        node.meta.setdefault("val", value)
 
 
 def _trained(position: int, program: Captured) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ def check(model: nn.Module, reference: nn.Module, what: str, tolerance: float = 
     return count
 
 
-def trained(case: str, options: dict[str, Any], rows: int = 8, steps: int = 2) -> tuple[int, int]:
-    """Train ``case`` as a pipeline and whole, side by side; how many parameters this rank holds, and all."""
+def trained(case: str, options: dict[str, Any], sizes: Sequence[int]) -> tuple[int, int]:
+    """For batches of these ``sizes``, train ``case`` as a pipeline and whole, side by side; how many parameters this rank holds, and all."""
     torch._dynamo.reset()
     options = {**EAGER, **options}
     model = build(case)
@@ -95,8 +95,8 @@ def trained(case: str, options: dict[str, Any], rows: int = 8, steps: int = 2) -
     shared = options["pp"] * options.get("sp", 1)
     coordinate, coordinates = dist.get_rank() // shared, dist.get_world_size() // shared
     count = 0
-    for step in range(steps):
-        batches = [batch(case, step, c, rows - step) for c in range(coordinates)]
+    for step, rows in enumerate(sizes):
+        batches = [batch(case, step, c, rows) for c in range(coordinates)]
         losses = [reference(**b).loss for b in batches]
         sum(losses, torch.zeros(())).div(coordinates).backward()
         loss = compiled(**batches[coordinate]).loss
@@ -110,8 +110,8 @@ def trained(case: str, options: dict[str, Any], rows: int = 8, steps: int = 2) -
     return count, len(dict(reference.named_parameters()))
 
 
-def all_trained(plans: list[tuple[str, dict[str, Any]]], rows: int, steps: int) -> list[tuple[int, int]]:
-    return [trained(case, options, rows, steps) for case, options in plans]
+def all_trained(plans: list[tuple[str, dict[str, Any]]], *sizes: int) -> list[tuple[int, int]]:
+    return [trained(case, options, sizes) for case, options in plans]
 
 
 def check_counts(found: list[list[tuple[int, int]]]) -> None:
@@ -130,14 +130,14 @@ SCHEDULES = [
 
 @pytest.mark.distributed
 def test_schedules() -> None:
-    check_counts(run_ranks(all_trained, 2, SCHEDULES, 6, 3))
+    check_counts(run_ranks(all_trained, 2, SCHEDULES, 6, 6))
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("cases", [("gpt2", "bert", "t5"), ("llama", "qwen3", "vit", "gemma2")])
 def test_families(cases: tuple[str, ...]) -> None:
     plans: list[tuple[str, dict[str, Any]]] = [(case, {"pp": 2}) for case in cases]
-    check_counts(run_ranks(all_trained, 2, plans, 5, 2))
+    check_counts(run_ranks(all_trained, 2, plans, 5, 5))
 
 
 @pytest.mark.distributed
@@ -149,7 +149,7 @@ def test_beside_data_parallelism() -> None:
         ("bert", {"pp": 2, "zero": 0}),
         ("llama_tied", {"pp": 4}),
     ]
-    check_counts(run_ranks(all_trained, 4, plans, 6, 2))
+    check_counts(run_ranks(all_trained, 4, plans, 6, 6))
 
 
 @pytest.mark.distributed
@@ -158,16 +158,17 @@ def test_beside_sequence_parallelism() -> None:
         ("llama_tied", {"pp": 2, "sp": 2, "zero": 3}),
         ("bert", {"pp": 2, "sp": 2, "zero": 2}),
     ]
-    check_counts(run_ranks(all_trained, 4, plans, 5, 2))
+    check_counts(run_ranks(all_trained, 4, plans, 5, 5))
 
 
 @pytest.mark.distributed
 @pytest.mark.thorough
 def test_inductor_and_a_long_run() -> None:
+    """Five steps of Adam, a short batch among them."""
     plans: list[tuple[str, dict[str, Any]]] = [
         ("llama_tied", {"pp": 2, "schedule": "zero-bubble", "lowering": "inductor"}),
     ]
-    check_counts(run_ranks(all_trained, 2, plans, 8, 5))
+    check_counts(run_ranks(all_trained, 2, plans, 8, 8, 8, 7, 8))
 
 
 # --- around the step -----------------------------------------------------------------------------------
