@@ -124,14 +124,15 @@ class GraphReport:
 
     ``parts`` (the scheduled graphs) is filled for artifacts and in a dry run.
     ``programs`` are the Python programs Inductor emitted, ``saved_bytes`` the sizes of the inputs that each
-    part alone holds; ``staged`` says that the ranks' transport copies what it sends; ``resident`` bytes
-    of gradients and optimizer state live beside the graph.
+    part alone holds; ``staged`` says that the ranks' transport copies what it sends, ``synchronises`` that
+    all ranks run it together; ``resident`` bytes of gradients and optimizer state live beside the graph.
     """
 
     number: int
     staged: bool = False
     resident: int = 0
     signature: str = ""
+    synchronises: bool = False
     records: list[Record] = field(default_factory=list)
     timelines: dict[str, Timeline] = field(default_factory=dict)
     parts: dict[str, GraphModule] = field(default_factory=dict)
@@ -501,6 +502,7 @@ class Compilation:
         lines |= {f"{n}, weights gathered": self._gathered(p) for n, p in parts.items()}
         signature = hashlib.sha256(repr((self.updates, sorted(lines.items()))).encode()).hexdigest()
         self.report.signature = signature
+        self.report.synchronises = any(lines.values()) and self.job.sequence is None
         if signature in self.job.agreed:
             return
         text = {"what is done to parameters": self.updates} if self.is_step else {}
@@ -747,7 +749,7 @@ def _guarded(compiled: Callable[..., Any], run: Compilation, part: str) -> Calla
 
     def call(arguments: list[Any]) -> Any:
         monitor.at(doing)
-        with monitor.guard(doing, communicates=bool(run.report.signature)):
+        with monitor.guard(doing, together=run.report.synchronises):
             if part != "backward" and len(run.job.agreed) > 1 and run.report.signature:
                 # There are several programs: Python may have gone different ways on different ranks.
                 check_same(run.report.signature, f"runs {doing}", run.job.group, run.job.device)

@@ -13,8 +13,8 @@ three intervals.
     beat = (count, state, place, seconds, begun, inside)
     state: runs | lost (a peer)  | failed (with an error of its own) | ended
 
-``begun`` is the number of communicating programs that a rank has begun to run, and ``inside`` whether it is
-still in the last one. Ranks run them together, so one that has begun fewer is being waited for.
+``begun`` counts the programs that a rank has begun to run, of those that all ranks run together because
+they communicate; ``inside`` says whether it is still in the last one. Who has begun fewer is waited for.
 
 Invariants:
 - no clock of another machine is read: silence is two equal counts, seen more than three intervals
@@ -121,17 +121,17 @@ class RankMonitor:
         return found
 
     @contextmanager
-    def guard(self, doing: str, communicates: bool = False) -> Iterator[None]:
-        """Within, this rank is at ``doing``, a program that ``communicates`` or not; a communication error
-        becomes a :class:`PeerError`.
+    def guard(self, doing: str, together: bool = False) -> Iterator[None]:
+        """Within, this rank is at ``doing``, perhaps a program that all ranks run ``together``; an error of
+        communication becomes a :class:`PeerError`.
 
         The error says which ranks are silent, have failed or are elsewhere; it comes at most four
         intervals after the original, which is its cause. Other errors pass untouched, and the other
         ranks learn of them.
         """
         self.at(doing)
-        self._begun += communicates
-        self._inside = communicates
+        self._begun += together
+        self._inside = together
         try:
             yield
         except BaseException as error:
