@@ -71,6 +71,7 @@ from autodist.passes.tile import WITHHELD, WITHHOLDABLE, Tile
 from autodist.passes.writes import RefuseWeightWrites
 from autodist.passes.zero import MergeReads, NarrowGathers
 from autodist.plan import Plan
+from autodist.resident import resident_bytes
 from autodist.runtime import compat, offload
 from autodist.runtime.agreement import collective_lines, graph_lines
 from autodist.runtime.outputs import Kept, SameBatch, returned, shape_of, withheld
@@ -199,8 +200,8 @@ class Compilation:
     """One captured graph on its way through the compiler.
 
     ``parameters`` maps the graph's inputs, by position, to parameter names; ``batch`` describes the others.
-    ``resident`` counts bytes that live outside the graph while it runs, ``beside`` a step's inputs that are
-    not those of the region at hand; ``kept`` are outputs of a training step that stay in pieces, ``updates``
+    ``resident`` counts bytes that live outside the graph while it runs, ``counted`` says which; ``beside``
+    counts a step's inputs that are not those of the region at hand; ``kept`` are outputs of a training step that stay in pieces, ``updates``
     says what it does to parameters, and ``lasts`` is False for one that runs only once; ``aim`` is what the
     peak of the next plan is to be, once one has missed, and ``tries`` counts those that did.
     ``tiles`` are those that token-local regions are made in; the plan's choices cost ``added`` seconds.
@@ -230,6 +231,7 @@ class Compilation:
     state: Sequence[Movable] = ()
     moved: set[int] = field(default_factory=set)
     planned: int = 0
+    counted: str = ""
 
     def context(self, phase: Phase) -> Context:
         return Context(
@@ -291,21 +293,27 @@ class Compilation:
         num_outputs, lasting = options["num_fwd_outputs"], options.get("static_lifetime_input_indices") or []
         forward, _ = min_cut(joint, inputs, **options)
         saved, subject = saved_names(forward, num_outputs), self._planned(joint)
-        free = [i for i, m in enumerate(self.state) if not m.on_host and i not in self.moved]
+        rounding = offload.PAGE * len(self.state)
+        host = max(self.job.host_bytes - sum(m.num_bytes for m in self._on_host()) - rounding, 0)
+        stays = [i for i, m in enumerate(self.state) if not m.on_host and i not in self.moved]
+        free = stays if host else []
+        self.beside += sum(self.state[i].num_bytes for i in stays if not free)
+        context.resident = self.resident + self.beside
         beside = [Beside(self.state[i].name, self.state[i].num_bytes) for i in free]
         program = Program(joint, num_outputs, lasting, saved, subject, beside)
         assert context.memory is not None
         room = context.memory - context.resident
         fused = self.job.plan.lowering == "inductor" and not self.job.dry_run
-        rounding = offload.PAGE * len(self.state)
         budget = Budget(
             device=room if self.aim is None else self.aim - self.beside,
-            host=max(self.job.host_bytes - sum(m.num_bytes for m in self._on_host()) - rounding, 0),
+            host=host,
             keep_weights=keep_weights,
             as_is=fused and self.aim is None,
             least=fused,
             anyway=self.aim is not None,
         )
+        if self.counted:
+            context.decide("outside", "counted", f"{size_text(self.resident)}: {self.counted}")
         fitted = fit(program, budget, context, self._peak)
         self.added += fitted.seconds
         self.planned = max(self.planned, fitted.peak + self.beside)
@@ -630,11 +638,11 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """A callable for a captured graph, transformed and lowered as ``job``'s plan says."""
     names = {i: parameter_name(x) for i, x in enumerate(inputs)}
-    resident = _optimizer_bytes(inputs)
-    report = GraphReport(job.next_graph(), job.hardware.stages_collectives, resident)
+    resident = resident_bytes(inputs, search=job.memory_bytes is not None)
+    report = GraphReport(job.next_graph(), job.hardware.stages_collectives, resident.num_bytes)
     job.reports.append(report)
     own = {i: n for i, n in names.items() if n is not None}
-    run = Compilation(job, own, report, resident, _batch(inputs))
+    run = Compilation(job, own, report, resident.num_bytes, _batch(inputs), counted=resident.reason)
     job.at(f"compiling graph {report.number}")
     lower = _inductor if job.plan.lowering == "inductor" and not job.dry_run else _eager
     kept: dict[int, Kept] = {}
@@ -811,12 +819,6 @@ def _batch(inputs: Sequence[Any]) -> str:
 def _saved_bytes(part: GraphModule) -> dict[str, int]:
     inputs = [n for n in part.graph.find_nodes(op="placeholder") if not is_on_host(n)]
     return {n.name: num_bytes(n) for n in inputs if compat.placeholder_index(n) is None}
-
-
-def _optimizer_bytes(inputs: Sequence[Any]) -> int:
-    """Gradients and Adam's two moments, for this rank's parts of the parameters among ``inputs``."""
-    trained = (torch.nn.Parameter, torch.distributed.tensor.DTensor)
-    return 3 * _bytes([x for x in inputs if isinstance(x, trained) and x.requires_grad])
 
 
 def _returned_bytes(graph: GraphModule, count: int | None = None) -> int:
