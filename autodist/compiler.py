@@ -201,9 +201,10 @@ class Compilation:
 
     ``parameters`` maps the graph's inputs, by position, to parameter names; ``batch`` describes the others.
     ``resident`` counts bytes that live outside the graph while it runs, ``counted`` says which; ``beside``
-    counts a step's inputs that are not those of the region at hand; ``kept`` are outputs of a training step that stay in pieces, ``updates``
-    says what it does to parameters, and ``lasts`` is False for one that runs only once; ``aim`` is what the
-    peak of the next plan is to be, once one has missed, and ``tries`` counts those that did.
+    counts a step's inputs that are not those of the region at hand; ``kept`` are outputs of a training step
+    that stay in pieces, ``updates`` says what it does to parameters, and ``lasts`` is False for one that runs
+    only once; ``aim`` is what the peak of the next plan is to be, once one has missed, and ``tries`` counts
+    those that did.
     ``tiles`` are those that token-local regions are made in; the plan's choices cost ``added`` seconds.
     With ``withhold``, results that do not fit are ``withheld``; ``withholdable`` are those that might
     be. Of a step's ``state``, the plan wants those ``moved`` on the host, and plans for ``planned``
@@ -352,8 +353,8 @@ class Compilation:
         return default_passes(plan, kind, group, self.policies, self.tiles, self.withhold, self._host_state())
 
     def _host_state(self) -> HostState | None:
-        """What is done to a step's state; without a bound on memory nothing is."""
-        if not self.state or self.job.memory_bytes is None:
+        """What is done to a step's state; without a bound on memory nothing is, unless it is on the host."""
+        if not self.state or (self.job.memory_bytes is None and not self._on_host()):
             return None
         made = frozenset(m.output for m in self._on_host() if m.output is not None)
         inputs = frozenset(m.position for m in self.state if m.position is not None)

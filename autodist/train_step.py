@@ -322,7 +322,7 @@ class Program:
             self.batch.check(tensors)
         with torch.no_grad():
             outputs = iter(self.compiled(*program_inputs(state, tensors, gradients)))
-        if self.job.memory_bytes is not None:
+        if self.on_host or (self.captured.new_moments and self.job.memory_bytes is not None):
             offload.transfers(self.job.device).settle()  # Python may look at state on the host
         return self._finish(state, tensors, outputs)
 

@@ -144,6 +144,8 @@ def test_state_that_is_there_already_and_many_steps() -> None:
     held, owned = sum(x.nbytes for x in run.on_host()), pool.owned
     assert held and pool.used == used + held
     found = run.run(50, 5)
+    run.step = autodist.train_step(plan=EAGER)(train)  # one that has no bound finds it there
+    found += run.run(1, 55)
     assert all(torch.isfinite(x) for x in found) and not offload.transfers(torch.device("cpu")).running
     assert (pool.used, pool.owned) == (used + held, owned)
     del run, found
@@ -157,7 +159,7 @@ def test_copies_beside_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where copies take their time, and are made when they are waited for at the latest."""
     late = offload.Transfers(offload.HostPool(pinned=False), Delayed())
     monkeypatch.setattr(offload, "transfers", lambda device: late)
-    plain, run = Run(), Run(**bounded(0.6), hardware="h100-80g")
+    plain, run = Run(), Run(**bounded(1.3), hardware="h100-80g")
     same(run.run(4), plain.run(4))
     same(run.tensors(), plain.tensors())
     assert run.on_host() and not late.running
@@ -189,30 +191,32 @@ def test_inductor() -> None:
     assert PARAMETERS + state + run.peak() <= bounded(0.0)["memory"] + 4096
 
 
-def with_shards(zero: int, folder: str) -> None:
+def with_shards(folder: str) -> None:
     """Two ranks, each with a part of the state on the host; stopped, and gone on with."""
-    plain = Run(zero=zero, memory="1GB")
+    plain = Run(zero=2, memory="1GB")
     plain.run(2)
     assert plain.step.job is not None
     needed = plain.step.job.reports[-1].timelines["step"].peak_bytes
-    memory = {"memory": needed - PARAMETERS // (2 if zero else 1), "host_memory": "1GB", "zero": zero}
-    losses, state = plain.run(3, 2), plain.tensors()
+    memory = {"memory": needed - PARAMETERS // 2, "host_memory": "1GB", "zero": 2}
+    losses, state = plain.run(2, 2), plain.tensors()
     run = Run(**memory)
     run.run(2)
-    for a, b in zip([*run.run(3, 2), *run.tensors()], [*losses, *state], strict=True):
+    for a, b in zip([*run.run(2, 2), *run.tensors()], [*losses, *state], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
     assert run.on_host()
     checkpoint.save(folder, run.model, run.optimizer)
-    wanted = [*run.run(2, 5), *run.tensors()]
-    for make in (lambda: run, lambda: Run(**memory), lambda: Run(zero=zero)):
-        again = make()
-        autodist.prepare(again.model, again.step.plan)
-        checkpoint.load(folder, again.model, again.optimizer)
-        for a, b in zip([*again.run(2, 5), *again.tensors()], wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
-        assert bool(again.on_host()) == bool(again.step.plan.memory)
+    wanted = [*run.run(2, 4), *run.tensors()]
+    checkpoint.load(folder, run.model, run.optimizer)
+    for a, b in zip([*run.run(2, 4), *run.tensors()], wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    assert run.on_host()
+    other = Run(zero=2)  # without a bound
+    autodist.prepare(other.model, other.step.plan)
+    checkpoint.load(folder, other.model, other.optimizer)
+    for a, b in zip([*other.run(2, 4), *other.tensors()], wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    assert not other.on_host()
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_with_shards_and_checkpoints(zero: int, tmp_path: Path) -> None:
-    run_ranks(with_shards, 2, zero, str(tmp_path / "run"))
+def test_with_shards_and_checkpoints(tmp_path: Path) -> None:
+    run_ranks(with_shards, 2, str(tmp_path / "run"), seconds=400)
