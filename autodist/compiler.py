@@ -9,7 +9,7 @@ captured program each, goes through capture passes, joint passes and partition, 
 then the whole is one graph, and is scheduled as one.
 
     step     ──regions──> captured ... parts ──back in place, split_foreach──> AOTAutograd
-    whole    ──drop_aliases, hoist_scalars, bucket, lower, overlap──> Inductor (or eager)
+    whole    ──drop_aliases, hoist_scalars, bucket, lower, overlap, host_state──> Inductor (or eager)
 
 The order is :func:`default_passes`, here and nowhere else. A graph that needs no gradient is not
 partitioned: it goes through the joint passes and then through those of a forward part.
@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,15 +38,17 @@ from autodist.job import Job
 from autodist.logs import log
 from autodist.passes.analysis.cost import collective_kind, is_collective_start
 from autodist.passes.analysis.liveness import is_on_host, liveness
+from autodist.passes.analysis.savable import SMALLEST
 from autodist.passes.analysis.timeline import Timeline, simulate
 from autodist.passes.analysis.wrapper import wrapper_peak
 from autodist.passes.base import Context, Pass, Phase, Record, operators, run_passes, size_text
 from autodist.passes.bucket import Bucket
-from autodist.passes.capture import functional
+from autodist.passes.capture import RETURNED, functional
 from autodist.passes.checkpoints import AskPolicies
-from autodist.passes.graph import num_bytes, output_of, parameter_of
+from autodist.passes.graph import num_bytes, output_of, parameter_of, tensor_bytes
+from autodist.passes.host_state import HostState
 from autodist.passes.lower import Lower
-from autodist.passes.memory import Budget, MemoryBoundError, Peak, Program, fit
+from autodist.passes.memory import Beside, Budget, MemoryBoundError, Peak, Program, fit
 from autodist.passes.optimizer import DropAliases, HoistScalars, SplitForeach
 from autodist.passes.overlap import Overlap
 from autodist.passes.partition import Partition, min_cut, saved_names
@@ -64,14 +66,15 @@ from autodist.passes.regions import (
     updates_of,
     write_back,
 )
-from autodist.passes.sequence_parallel import POLICIES, RETURNED, SHARDED_OUTPUTS, SequenceParallel, Unmark
-from autodist.passes.tile import Tile
+from autodist.passes.sequence_parallel import POLICIES, SHARDED_OUTPUTS, SequenceParallel, Unmark
+from autodist.passes.tile import WITHHELD, WITHHOLDABLE, Tile
 from autodist.passes.writes import RefuseWeightWrites
 from autodist.passes.zero import MergeReads, NarrowGathers
 from autodist.plan import Plan
-from autodist.runtime import compat
+from autodist.resident import resident_bytes
+from autodist.runtime import compat, offload
 from autodist.runtime.agreement import collective_lines, graph_lines
-from autodist.runtime.outputs import Kept, SameBatch, returned
+from autodist.runtime.outputs import Kept, SameBatch, returned, shape_of, withheld
 from autodist.runtime.parameters import GatheredWeight, check_same, parameter_name, plain_tensor
 from autodist.step_capture import Captured
 
@@ -89,11 +92,14 @@ def default_passes(
     sequence_group: str | None = None,
     policies: Mapping[int, Any] | None = None,
     tiles: int = 1,
+    withhold: bool = False,
+    host: HostState | None = None,
 ) -> list[Pass]:
     """The passes of ``plan``, in order. Those for other phases than the graph's are skipped.
 
     ``sequence_group`` is the group of ranks that share sequences; ``policies`` are those of the checkpoints
-    whose bodies have been inlined. Of ``tiles`` there may be more than one, where memory is short.
+    whose bodies have been inlined. Where memory is short there may be more than one of ``tiles``, and
+    results in them may be withheld, and ``host`` says what state of a step is on the host.
     """
     passes: list[Pass] = [RefuseWeightWrites()]
     if plan.precision == "bf16":
@@ -102,7 +108,7 @@ def default_passes(
         assert plan.dp is not None
         passes.append(SequenceParallel(plan.sp, sequence_group, plan.dp, plan.outputs, plan.strict))
     if tiles > 1:
-        passes.append(Tile(tiles))
+        passes.append(Tile(tiles, withhold))
     passes += [
         AskPolicies(policies or {}),
         Unmark(),
@@ -115,6 +121,8 @@ def default_passes(
         Lower(),
         Overlap(),
     ]
+    if host is not None:
+        passes.append(host)
     return passes
 
 
@@ -176,16 +184,32 @@ class GraphReport:
         return sum(r.seconds for r in self.records)
 
 
+@dataclass(frozen=True)
+class Movable:
+    """Optimizer state of a step that can be on the host: its input number ``position``, or its result number
+    ``output``; this rank has ``num_bytes`` of it. ``on_host``, it is there already."""
+
+    name: str
+    num_bytes: int
+    position: int | None = None
+    output: int | None = None
+    on_host: bool = False
+
+
 @dataclass
 class Compilation:
     """One captured graph on its way through the compiler.
 
     ``parameters`` maps the graph's inputs, by position, to parameter names; ``batch`` describes the others.
-    ``resident`` counts bytes that live outside the graph while it runs, ``beside`` a step's inputs that are
-    not those of the region at hand; ``kept`` are outputs of a training step that stay in pieces, ``updates``
-    says what it does to parameters, and ``lasts`` is False for one that runs only once; ``aim`` is what the
-    peak of the next plan is to be, once one has missed, and ``tries`` counts those that did.
+    ``resident`` counts bytes that live outside the graph while it runs, ``counted`` says which; ``beside``
+    counts a step's inputs that are not those of the region at hand; ``kept`` are outputs of a training step
+    that stay in pieces, ``updates`` says what it does to parameters, and ``lasts`` is False for one that runs
+    only once; ``aim`` is what the peak of the next plan is to be, once one has missed, and ``tries`` counts
+    those that did.
     ``tiles`` are those that token-local regions are made in; the plan's choices cost ``added`` seconds.
+    With ``withhold``, results that do not fit are ``withheld``; ``withholdable`` are those that might
+    be. Of a step's ``state``, the plan wants those ``moved`` on the host, and plans for ``planned``
+    bytes at the peaks of its forwards and backwards.
     """
 
     job: Job
@@ -203,6 +227,13 @@ class Compilation:
     tiles: int = 1
     added: float = 0.0
     beside: int = 0
+    withhold: bool = False
+    withheld: set[int] = field(default_factory=set)
+    withholdable: set[int] = field(default_factory=set)
+    state: Sequence[Movable] = ()
+    moved: set[int] = field(default_factory=set)
+    planned: int = 0
+    counted: str = ""
 
     def context(self, phase: Phase) -> Context:
         return Context(
@@ -269,25 +300,43 @@ class Compilation:
         num_outputs, lasting = options["num_fwd_outputs"], options.get("static_lifetime_input_indices") or []
         forward, _ = min_cut(joint, inputs, **options)
         saved, subject = saved_names(forward, num_outputs), self._planned(joint)
-        program = Program(joint, num_outputs, lasting, saved, subject)
+        rounding = offload.PAGE * len(self.state)
+        host = max(self.job.host_bytes - sum(m.num_bytes for m in self._on_host()) - rounding, 0)
+        stays = [i for i, m in enumerate(self.state) if not m.on_host and i not in self.moved]
+        free = stays if host else []
+        self.beside += sum(self.state[i].num_bytes for i in stays if not free)
+        context.resident = self.resident + self.beside
+        beside = [Beside(self.state[i].name, self.state[i].num_bytes) for i in free]
+        program = Program(joint, num_outputs, lasting, saved, subject, beside)
         assert context.memory is not None
         room = context.memory - context.resident
         fused = self.job.plan.lowering == "inductor" and not self.job.dry_run
         budget = Budget(
-            device=room if self.aim is None else self.aim,
-            host=self.job.host_bytes,
+            device=room if self.aim is None else self.aim - self.beside,
+            host=host,
             keep_weights=keep_weights,
             as_is=fused and self.aim is None,
             least=fused,
+            anyway=self.aim is not None,
         )
-        parts, seconds = fit(program, budget, context, self._peak)
-        self.added += seconds
-        return parts
+        if self.counted:
+            context.decide("outside", "counted", f"{size_text(self.resident)}: {self.counted}")
+        fitted = fit(program, budget, context, self._peak)
+        self.added += fitted.seconds
+        self.planned = max(self.planned, fitted.peak + self.beside)
+        self.moved.update(free[i] for i in fitted.on_host)
+        return fitted.parts
+
+    def _on_host(self) -> list[Movable]:
+        return [m for i, m in enumerate(self.state) if m.on_host or i in self.moved]
+
+    def host_inputs(self) -> frozenset[int]:
+        """A step's inputs that are to be on the host."""
+        return frozenset(m.position for m in self._on_host() if m.position is not None)
 
     def _planned(self, graph: GraphModule) -> str:
         """What ranks call a graph whose memory they plan: the same for other sizes of a batch."""
-        values = ((n, n.meta.get("val", n.meta.get("example_value"))) for n in graph.graph.nodes)
-        tensors = (n for n, value in values if isinstance(value, torch.Tensor))
+        tensors = (n for n in graph.graph.nodes if isinstance(_example(n), torch.Tensor))
         text = "\n".join(getattr(n.target, "__qualname__", str(n.target)) for n in tensors)
         made = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         runs = "" if self.lasts else ", which runs once"
@@ -306,25 +355,63 @@ class Compilation:
     def _passes(self) -> list[Pass]:
         sequence = self.job.sequence
         group = None if sequence is None else compat.mesh_group_name(sequence)
-        return default_passes(self.job.plan, self.job.device.type, group, self.policies, self.tiles)
+        plan, kind = self.job.plan, self.job.device.type
+        return default_passes(plan, kind, group, self.policies, self.tiles, self.withhold, self._host_state())
+
+    def _host_state(self) -> HostState | None:
+        """What is done to a step's state; without a bound on memory nothing is, unless it is on the host."""
+        if not self.state or (self.job.memory_bytes is None and not self._on_host()):
+            return None
+        made = frozenset(m.output for m in self._on_host() if m.output is not None)
+        inputs = frozenset(m.position for m in self.state if m.position is not None)
+        outputs = frozenset(m.output for m in self.state if m.output is not None)
+        return HostState(inputs, outputs, self.host_inputs(), made, self.job.host_bytes)
 
     def within_memory(
-        self, graph: GraphModule, compiled: Callable[[GraphModule], Callable[..., Any]], held: int
+        self,
+        graph: GraphModule,
+        compiled: Callable[[GraphModule], Callable[..., Any]],
+        held: int,
+        returned: int,
     ) -> Callable[..., Any]:
         """``compiled(graph)``, within the plan's memory.
 
-        ``held`` counts the bytes of the graph's inputs. First without tiles; where that does not fit, or
-        costs time, with ever more of them, as long as the predicted time gets less. Raises
+        ``held`` counts the bytes of the graph's inputs, ``returned`` those of what it gives to its caller.
+        First without tiles; where that does not fit, or costs time, with ever more of them, as long as the
+        predicted time gets less. Results are withheld only where nothing else fits. Raises
         :class:`~autodist.passes.memory.MemoryBoundError` with the least of what would do.
         """
-        if self.job.memory_bytes is None:
+        memory = self.job.memory_bytes
+        if memory is None:
             return compiled(graph)
-        best: tuple[float, Callable[..., Any], GraphReport] | None = None
+        needed = held - sum(m.num_bytes for m in self.state if m.position is not None)
+        lacks = needed + returned + self.resident - memory
+        lacks = self.job.largest(f"what {self._planned(graph)} lacks for its results", lacks)
+        if lacks <= 0 or self.job.plan.outputs != "withheld":
+            try:
+                return self._fastest(graph, compiled, held, _TILES)
+            except MemoryBoundError as error:
+                if error.alone or self.job.plan.outputs != "withheld" or not self.withholdable:
+                    raise
+        self.withhold = True
+        return self._fastest(graph, compiled, held, _TILES[1:])
+
+    def _fastest(
+        self,
+        graph: GraphModule,
+        compiled: Callable[[GraphModule], Callable[..., Any]],
+        held: int,
+        numbers: Sequence[int],
+    ) -> Callable[..., Any]:
+        """``compiled(graph)`` with one of these numbers of tiles."""
+        best: tuple[float, Callable[..., Any], GraphReport, set[int], set[int]] | None = None
         refusals: list[MemoryBoundError] = []
-        for self.tiles in _TILES:
+        for self.tiles in numbers:
             try:
                 made = self._with_tiles(graph, compiled, held)
             except MemoryBoundError as error:
+                if error.alone:
+                    raise
                 refusals.append(error)
                 if len(refusals) > 1 and error.least > _LESS * refusals[-2].least:
                     break
@@ -332,7 +419,7 @@ class Compilation:
                 seconds = sum(t.seconds for t in self.report.timelines.values())
                 if best is not None and not self._all_say("faster", graph, seconds < 0.99 * best[0]):
                     break
-                best = seconds, made, self.report.kept()
+                best = seconds, made, self.report.kept(), set(self.withheld), set(self.moved)
                 if self._all_say("cheap", graph, self.added <= _CHEAP * seconds):
                     break
             if self.tiles > 1 and not self.report.has_decided(Tile):
@@ -340,6 +427,7 @@ class Compilation:
         if best is None:
             raise min(refusals, key=lambda e: e.least)
         self.report.restore(best[2])
+        self.withheld, self.moved = best[3:]
         return best[1]
 
     def _all_say(self, what: str, graph: GraphModule, answer: bool) -> bool:
@@ -363,9 +451,11 @@ class Compilation:
             self.tries += 1
             self.added = 0.0
             self.report.clear()
+            self.withheld.clear()
+            self.moved.clear()
+            self.planned = 0
             made = compiled(copy.deepcopy(graph))
-            emitted = [self.report.emitted_peak(part) for part in self.report.programs]
-            held_at_peak = max(emitted) + held if emitted else 0
+            held_at_peak = self._held_at_peak(held)
             over = self.job.largest(f"what {self._planned(graph)} lacks", held_at_peak - room)
             alone = held_at_peak > room + over  # this batch is larger than those that it was settled for
             held_at_peak = max(held_at_peak, room + over)
@@ -375,22 +465,41 @@ class Compilation:
                 break
             earlier.add(held_at_peak)
             log.info(
-                "graph %d: Inductor's program holds %s more than the plan's memory; planning again",
+                "graph %d: the program holds %s more than the plan's memory; planning again",
                 self.report.number, size_text(held_at_peak - room),
             )  # fmt: skip
-            guessed = max(t.peak_bytes for t in self.report.timelines.values())
-            aim = room - (held_at_peak - guessed)  # as far off as this guess was, the next may be
-            tighter = aim if self.aim is None else min(aim, self.aim - int(1.25 * (held_at_peak - room)))
-            self.aim = 0 if attempt == _PLANS - 2 else tighter  # at last, what holds the least
+            self.aim = 0 if attempt == _PLANS - 2 else self._tighter(held_at_peak, room)  # at last, the least
         raise MemoryBoundError(
             f"the plan's memory bound is {size_text(memory)}, and planned as tightly as can be "
-            f"Inductor's program needs {size_text(held_at_peak + self.resident)}: "
-            f"{size_text(held)} of parameters and batch, {size_text(self.resident)} of gradients "
-            f"and optimizer state beside it, and {size_text(held_at_peak - held)} that it makes. "
+            f"the program needs {size_text(held_at_peak + self.resident)}: "
+            f"{size_text(self._on_device(held))} of parameters, batch and state, {size_text(self.resident)} "
+            f"of gradients and optimizer state beside it, and "
+            f"{size_text(held_at_peak - self._on_device(held))} that it makes. "
             "Raise 'memory', shard over more ranks, split sequences ('sp'), or make the batch smaller."
             + (" The plan was made with smaller batches: begin with the largest." if alone else ""),
             held_at_peak + self.resident,
+            alone,
         )
+
+    def _tighter(self, held: int, room: int) -> int:
+        """What the next plan aims at, where the program made of the last one holds more than its room."""
+        if self.is_step:  # also between and after forwards and backwards, of which alone there are plans
+            return self.planned - int(1.1 * (held - room))
+        guessed = max(t.peak_bytes for t in self.report.timelines.values())
+        aim = room - (held - guessed)  # as far off as this guess was, the next may be
+        return aim if self.aim is None else min(aim, self.aim - int(1.25 * (held - room)))
+
+    def _held_at_peak(self, held: int) -> int:
+        """What the programs just made hold at their peak, with ``held`` bytes of inputs; 0 for what has been
+        planned as it runs."""
+        emitted = [self.report.emitted_peak(part) for part in self.report.programs]
+        if emitted:
+            return max(emitted) + self._on_device(held)
+        return max((t.peak_bytes for t in self.report.timelines.values()), default=0) if self.is_step else 0
+
+    def _on_device(self, held: int) -> int:
+        """Of the bytes of a program's inputs, those on the device."""
+        return held - sum(m.num_bytes for m in self._on_host() if m.position is not None)
 
     def whole(self, graph: GraphModule) -> GraphModule:
         """A graph without gradients, or a whole training step, scheduled."""
@@ -446,6 +555,7 @@ class Compilation:
         program = self.transform(captured, Phase.CAPTURED)
         for i, kept in program.meta.get(SHARDED_OUTPUTS, {}).items():
             self.kept[returned[i]] = _of_the_step(kept, region)
+        self.see_withheld(program, returned)
         policies = self.policies
         self.policies = {**policies, **program.meta.get(POLICIES, {})}
         joint, inputs = joint_of(program, region)
@@ -458,14 +568,21 @@ class Compilation:
                     node.meta.pop(tag, None)  # only tensors are saved
                 for result in node.users if several else (node,):
                     result.meta |= compat.saved_tags()
-        own = {id(n) for n in region.inputs}
-        others = [n for n in step.graph.find_nodes(op="placeholder") if id(n) not in own]
-        self.beside = sum(map(num_bytes, others))
+        own = {*region.inputs}
+        movable = {m.position for m in self.state}
+        placeholders = enumerate(step.graph.find_nodes(op="placeholder"))
+        self.beside = sum(num_bytes(n) for i, n in placeholders if n not in own and i not in movable)
         lasting = [i for i, n in enumerate(region.inputs) if n.op == "placeholder"]
         counts = {"num_fwd_outputs": len(region.outputs), "static_lifetime_input_indices": lasting}
         parts = Parts(*self.split(joint, inputs, **counts))
         self.policies = policies
         return parts
+
+    def see_withheld(self, program: GraphModule, returned: Mapping[int, int] | None = None) -> None:
+        """Note what a program withholds, or might; ``returned`` gives a step's number of an output."""
+        number = (lambda i: i) if returned is None else returned.__getitem__
+        self.withheld.update(map(number, program.meta.get(WITHHELD, ())))
+        self.withholdable.update(map(number, program.meta.get(WITHHOLDABLE, ())))
 
     def program_text(self, graph: GraphModule) -> str:
         """The program before partitioning and lowering, without what legitimately differs by rank."""
@@ -529,11 +646,11 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """A callable for a captured graph, transformed and lowered as ``job``'s plan says."""
     names = {i: parameter_name(x) for i, x in enumerate(inputs)}
-    resident = _optimizer_bytes(inputs)
-    report = GraphReport(job.next_graph(), job.hardware.stages_collectives, resident)
+    resident = resident_bytes(inputs, search=job.memory_bytes is not None)
+    report = GraphReport(job.next_graph(), job.hardware.stages_collectives, resident.num_bytes)
     job.reports.append(report)
     own = {i: n for i, n in names.items() if n is not None}
-    run = Compilation(job, own, report, resident, _batch(inputs))
+    run = Compilation(job, own, report, resident.num_bytes, _batch(inputs), counted=resident.reason)
     job.at(f"compiling graph {report.number}")
     lower = _inductor if job.plan.lowering == "inductor" and not job.dry_run else _eager
     kept: dict[int, Kept] = {}
@@ -542,21 +659,31 @@ def compile_graph(
         program = run.transform(program, Phase.CAPTURED)
         kept.update(program.meta.get(SHARDED_OUTPUTS, {}))
         run.policies = program.meta.get(POLICIES, {})
+        run.see_withheld(program)
         return lower(program, inputs, run, mode)
 
     # Under a memory bound both programs are read before either runs.
     bound = job.memory_bytes is not None
     patch = compat.functorch_patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=bound)
     with job.failing_together(), patch:
-        compiled = run.within_memory(graph, compiled_program, _bytes(inputs))
+        compiled = run.within_memory(graph, compiled_program, _bytes(inputs), _returned_bytes(graph))
     if job.is_first_rank:
         _summarise(report)
-    return _at_the_border(compiled, inputs, job, kept)
+    return _at_the_border(compiled, inputs, job, kept, run.withheld)
 
 
-def compile_step(captured: Captured, job: Job, kernels: bool = True) -> Callable[..., Sequence[Any]]:
-    """A callable for a captured training step: it takes the real ``captured.inputs``, writes into those that
-    the step changes, and returns a list of the program's outputs and of what else it keeps alive.
+@dataclass(frozen=True)
+class CompiledStep:
+    """``run`` takes the real inputs of a captured step, of which those at the positions ``on_host`` lie on
+    the host; it writes into those that the step changes, and returns a list of the program's outputs and of
+    what else it keeps alive."""
+
+    run: Callable[..., Sequence[Any]]
+    on_host: frozenset[int]
+
+
+def compile_step(captured: Captured, job: Job, kernels: bool = True) -> CompiledStep:
+    """A captured training step, compiled.
 
     Without ``kernels`` it runs once, and is not lowered to Inductor, whatever the plan says.
     """
@@ -566,11 +693,13 @@ def compile_step(captured: Captured, job: Job, kernels: bool = True) -> Callable
     run = Compilation(
         job, own, report, 0, _batch(captured.batch), captured.policies, is_step=True, lasts=kernels
     )
+    run.state = _movable(captured)
     job.at(f"compiling graph {report.number}")
     step, written = functional(captured.graph, captured.inputs)
     lower = _inductor if job.plan.lowering == "inductor" and kernels and not job.dry_run else _eager
     with captured.mode:
         inputs = [x.detach() for x in captured.inputs]
+    returned = _returned_bytes(step, sum(r.kind == "tensor" for r in captured.results))
 
     def compiled_program(step: GraphModule) -> Callable[..., Any]:
         with compat.compiling_in(captured.mode):
@@ -582,35 +711,60 @@ def compile_step(captured: Captured, job: Job, kernels: bool = True) -> Callable
             return lower(graph, inputs, run, None)
 
     with job.failing_together():
-        compiled = run.within_memory(step, compiled_program, _bytes(inputs))
+        compiled = run.within_memory(step, compiled_program, _bytes(inputs), returned)
     if job.is_first_rank:
         _summarise(report)
-    return _step_border(compiled, job, run.kept)
+    return CompiledStep(_step_border(compiled, job, run.kept, run.withheld), run.host_inputs())
+
+
+def _movable(captured: Captured) -> list[Movable]:
+    """The state of a step that can be on the host: the same on all ranks, whatever parts they have of it."""
+    found = []
+    for moment in captured.moments:
+        value = captured.inputs[moment.position]
+        if moment.on_host or (moment.whole_bytes >= SMALLEST and compat.is_dense(value)):
+            size = tensor_bytes(value)
+            found.append(Movable(moment.name, size, position=moment.position, on_host=moment.on_host))
+    outputs: list[Any] = list(output_of(captured.graph).args[0])  # type: ignore[arg-type]
+    first = sum(r.kind == "tensor" for r in captured.results) + len(captured.new_gradients)
+    for number, made in enumerate(captured.new_moments, first):
+        value = outputs[number].meta["val"]
+        if made.whole_bytes >= SMALLEST and outputs.count(outputs[number]) == 1 and compat.is_dense(value):
+            name = f"{captured.names[made.parameter]}.{made.key}"
+            found.append(Movable(name, tensor_bytes(value), output=number))
+    return found
 
 
 def _step_border(
-    compiled: Callable[..., Any], job: Job, kept: Mapping[int, Kept]
+    compiled: Callable[..., Any], job: Job, kept: Mapping[int, Kept], unmade: Collection[int]
 ) -> Callable[..., Sequence[Any]]:
     """``compiled``, with outputs that stay in pieces as the plan wants them."""
-    if not kept:
+    if not kept and not unmade:
         return compiled
 
     def call(*arguments: Any) -> Sequence[Any]:
-        return _handed_out(compiled(*arguments), kept, arguments, job)
+        return _handed_out(compiled(*arguments), kept, unmade, arguments, job)
 
     return call
 
 
 def _handed_out(
-    results: Sequence[Any], kept: Mapping[int, Kept], arguments: Sequence[Any], job: Job
+    results: Sequence[Any],
+    kept: Mapping[int, Kept],
+    unmade: Collection[int],
+    arguments: Sequence[Any],
+    job: Job,
 ) -> list[Any]:
-    """``results``, those that are ``kept`` in pieces as the plan wants them."""
-    assert job.sequence is not None
-    as_dtensor = job.plan.outputs == "sharded"
-    return [
-        returned(r, kept[i], arguments, job.sequence, as_dtensor) if i in kept else r
-        for i, r in enumerate(results)
-    ]
+    """``results``, those that are ``kept`` in pieces as the plan wants them; those that are ``unmade`` are
+    withheld."""
+    handed = [shape_of(r) if i in unmade else r for i, r in enumerate(results)]
+    for i, r in enumerate(handed):
+        if i in kept:
+            assert job.sequence is not None
+            handed[i] = returned(r, kept[i], arguments, job.sequence, job.plan.outputs == "sharded")
+        elif i in unmade and not isinstance(r, compat.FakeTensor):
+            handed[i] = withheld(r.shape, r.dtype)
+    return handed
 
 
 def _of_the_step(kept: Kept, region: Region) -> Kept:
@@ -623,11 +777,16 @@ def _of_the_step(kept: Kept, region: Region) -> Kept:
 
 
 def _at_the_border(
-    compiled: Callable[..., Any], inputs: Sequence[Any], job: Job, kept: Mapping[int, Kept]
+    compiled: Callable[..., Any],
+    inputs: Sequence[Any],
+    job: Job,
+    kept: Mapping[int, Kept],
+    unmade: Collection[int],
 ) -> Callable[..., Any]:
     """``compiled``, with what the user's program holds made plain on the way in, and back on the way out."""
     sequence = job.sequence
-    if sequence is None and not any(isinstance(x, GatheredWeight) for x in inputs):
+    changed = bool(kept or unmade)
+    if sequence is None and not changed and not any(isinstance(x, GatheredWeight) for x in inputs):
         return compiled
     batch = None if sequence is None else SameBatch(sequence, job.device)
 
@@ -636,7 +795,7 @@ def _at_the_border(
             with contextlib.nullcontext() if job.monitor is None else job.monitor.guard("comparing batches"):
                 batch.check(arguments)
         results = compiled(*map(plain_tensor, arguments))
-        return type(results)(_handed_out(results, kept, arguments, job)) if kept else results
+        return type(results)(_handed_out(results, kept, unmade, arguments, job)) if changed else results
 
     return call
 
@@ -670,10 +829,15 @@ def _saved_bytes(part: GraphModule) -> dict[str, int]:
     return {n.name: num_bytes(n) for n in inputs if compat.placeholder_index(n) is None}
 
 
-def _optimizer_bytes(inputs: Sequence[Any]) -> int:
-    """Gradients and Adam's two moments, for this rank's parts of the parameters among ``inputs``."""
-    trained = (torch.nn.Parameter, torch.distributed.tensor.DTensor)
-    return 3 * _bytes([x for x in inputs if isinstance(x, trained) and x.requires_grad])
+def _returned_bytes(graph: GraphModule, count: int | None = None) -> int:
+    """Bytes of a captured graph's outputs, or of the first ``count``."""
+    outputs = [n for n in compat.tree_leaves(output_of(graph).args[0])[:count] if isinstance(n, Node)]
+    made = [n for n in dict.fromkeys(outputs) if n.op == "call_function"]
+    return sum(tensor_bytes(v) for v in map(_example, made) if isinstance(v, torch.Tensor))
+
+
+def _example(node: Node) -> Any:
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def _bytes(inputs: Sequence[Any]) -> int:

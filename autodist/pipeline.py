@@ -54,7 +54,7 @@ from autodist.plan import PlanError
 from autodist.prepare import shard_model
 from autodist.runtime import compat, dialect
 from autodist.runtime.agreement import graph_lines
-from autodist.runtime.outputs import SameBatch, withheld
+from autodist.runtime.outputs import ELSEWHERE, SameBatch, withheld
 from autodist.runtime.parameters import parameter_name
 from autodist.runtime.pipeline import Executor, Outcome, Recorder
 from autodist.runtime.schedules import Action, Schedule, Span, Step, schedule, timeline
@@ -665,7 +665,7 @@ class _Compiled:
                 continue
             stage, at = made_by[index]
             if self._is_withheld(index, whole):
-                results[index] = withheld(whole.shape, whole.dtype)
+                results[index] = withheld(whole.shape, whole.dtype, ELSEWHERE)
                 continue
             if stage % pp == self.job.place:
                 value = batch.results[index].combined([parts[at] for parts in found[stage]]).contiguous()

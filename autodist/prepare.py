@@ -306,7 +306,7 @@ def _materialise(
 # --- optimizers ------------------------------------------------------------------------------------
 
 
-def _optimizers() -> list[Optimizer]:
+def optimizers() -> list[Optimizer]:
     """Every optimizer alive."""
     gc.collect()  # Schedulers and their optimizers refer to each other: the dead ones go first.
     return [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
@@ -315,7 +315,7 @@ def _optimizers() -> list[Optimizer]:
 def _refuse_optimizers(model: nn.Module) -> None:
     """Momenta of a whole tensor cannot be guessed onto a shard."""
     names = {p: name for name, p in plain_parameters(model)}
-    for optimizer in _optimizers():
+    for optimizer in optimizers():
         stepped = next((p for p in optimizer.state if p in names and optimizer.state[p]), None)
         if stepped is not None:
             raise MovedParameterError(
@@ -328,7 +328,7 @@ def _refuse_optimizers(model: nn.Module) -> None:
 def _repoint_optimizers(model: nn.Module) -> None:
     """Optimizers that hold parameters which ``model`` has replaced hold the new ones from now on."""
     new = set(model.parameters())
-    for optimizer in _optimizers():
+    for optimizer in optimizers():
         repoint(optimizer, new)
 
 

@@ -66,11 +66,13 @@ class Result:
 
 @dataclass(frozen=True)
 class NewMoment:
-    """State that the step makes: the optimizer's and the parameter's numbers, and its key."""
+    """State that the step makes: the optimizer's and the parameter's numbers, its key, and the bytes that all
+    ranks together have of it."""
 
     optimizer: int
     parameter: int
     key: Any
+    whole_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,16 @@ class Call:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class KnownMoment:
+    """State that the step is given as its input number ``position``; ``on_host``, it lies there."""
+
+    name: str
+    position: int
+    whole_bytes: int
+    on_host: bool
+
+
 @dataclass
 class Captured:
     """A step as a program.
@@ -90,7 +102,8 @@ class Captured:
     number, the last are the ``batch``; ``names`` has those of parameters and of what belongs to them). It
     returns the tensors among ``results``, then gradients of the parameters ``new_gradients``, then
     ``new_moments``, then buffers ``new_buffers``; ``specs`` has, for each of these, what makes a DTensor of
-    it, or None. ``without_gradient`` are the parameters that the step leaves without one.
+    it, or None. ``without_gradient`` are the parameters that the step leaves without one. ``moments`` are in
+    the state's order.
     """
 
     inputs: list[Tensor]
@@ -98,6 +111,7 @@ class Captured:
     mode: compat.FakeTensorMode
     parameters: int
     batch: list[Tensor]
+    moments: list[KnownMoment] = field(default_factory=list)
     graph: GraphModule = field(init=False)
     structure: Any = None
     results: list[Result] = field(default_factory=list)
@@ -142,7 +156,12 @@ class _Capture:
         fakes = [compat.fake_of(mode, x, dynamic.get(i - first, set()), i) for i, x in enumerate(real)]
         for fake, parameter in zip(fakes, state.parameters, strict=False):
             fake.requires_grad_(parameter.requires_grad)
-        self.made = Captured(fakes, _names(state), mode, len(state.parameters), fakes[first:])
+        moments = _known_moments(state, first - len(state.rates()) - len(state.moments))
+        for known, moment in zip(moments, state.moments, strict=True):
+            device = state.parameters[moment.parameter].device
+            if known.on_host and fakes[known.position].device != device:
+                fakes[known.position] = compat.fake_like(mode, fakes[known.position], device)
+        self.made = Captured(fakes, _names(state), mode, len(state.parameters), fakes[first:], moments)
         self.watch = Watch()
         self.given: set[int] = set()
         self.snapshot = Snapshot(named_arguments(function, arguments), [function])
@@ -312,7 +331,8 @@ class _Capture:
                 for key, value in values.items():
                     if isinstance(value, Tensor):
                         if id(value) not in known:
-                            self.made.new_moments.append(NewMoment(o, number[id(parameter)], key))
+                            whole = value.numel() * value.element_size() if value.dim() else 0
+                            self.made.new_moments.append(NewMoment(o, number[id(parameter)], key, whole))
                             made.append(self._output(value))
                     elif value is not old.get(key):
                         raise StepError(
@@ -428,6 +448,18 @@ def _names(state: State) -> dict[int, str]:
     names = [*state.names, *(f"{n}.grad" for n in held), *[""] * len(state.buffers)]
     names += [f"{state.names[m.parameter]}.{m.key}" for m in state.moments]
     return {i: n for i, n in enumerate(names) if n}
+
+
+def _known_moments(state: State, first: int) -> list[KnownMoment]:
+    """Numbers have no bytes: they stay where they are."""
+    return [
+        KnownMoment(
+            f"{state.names[m.parameter]}.{m.key}", first + i,
+            m.tensor.numel() * m.tensor.element_size() if m.tensor.dim() else 0,
+            state.is_on_host(m),
+        )
+        for i, m in enumerate(state.moments)
+    ]  # fmt: skip
 
 
 def _as(real: Tensor, fake: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from autodist.runtime import compat
+from autodist.runtime import compat, offload
 from autodist.runtime.compat import local_part, tree_leaves, tree_map
 from autodist.runtime.parameters import containers, parameter_name
 from autodist.step_guards import Scheduler, Surroundings, is_number, lifts, named_objects, tensor_kind
@@ -183,8 +183,29 @@ class State:
     @functools.cached_property
     def values(self) -> list[Any]:
         """All that a program takes as constant while the state stands."""
-        moments = [(m.optimizer, m.parameter, m.key, tensor_kind(m.tensor)) for m in self.moments]
+        moments = [
+            (m.optimizer, m.parameter, m.key, tensor_kind(m.tensor), self.is_on_host(m)) for m in self.moments
+        ]
         return [*self.around.values, *moments]
+
+    def is_on_host(self, moment: Moment) -> bool:
+        """Whether a moment's place is the host (:mod:`autodist.passes.host_state`)."""
+        device = local_part(self.parameters[moment.parameter]).device
+        return offload.is_on_host(local_part(moment.tensor), device)
+
+    def keep_on_host(self, numbers: Collection[int], limit: int) -> None:
+        """Give moments, by number, a place in host memory, of which ``limit`` bytes may be used.
+
+        Raises :class:`~autodist.runtime.offload.HostMemoryError` where that is not enough. What is known of
+        the state has to be found again.
+        """
+        for number in sorted(numbers):
+            moment = self.moments[number]
+            local, parameter = local_part(moment.tensor), self.parameters[moment.parameter]
+            host = offload.transfers(local_part(parameter).device).keep(local, limit)
+            if isinstance(moment.tensor, DTensor):
+                host = compat.dtensor_of(host, compat.specification(moment.tensor), False)
+            self.roots.optimizers[moment.optimizer].state[parameter][moment.key] = host
 
     # --- memory that is shared ----------------------------------------------------------------------
 

@@ -34,13 +34,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from autodist.compiler import compile_step
+from autodist.compiler import CompiledStep, compile_step
 from autodist.job import Job, num_ranks, start_job
 from autodist.logs import log
 from autodist.passes.base import StepError
 from autodist.plan import Plan, PlanError, PlanLike
 from autodist.prepare import prepare, prepared_job, repoint
-from autodist.runtime import compat
+from autodist.runtime import compat, offload
 from autodist.runtime.compat import tree_flatten, tree_leaves, tree_unflatten
 from autodist.runtime.outputs import SameBatch
 from autodist.runtime.parameters import MovedParameter
@@ -141,6 +141,9 @@ class TrainStep:
         _refuse_views(state, tensors)
         self._prepare(state)
         program, state = self._make((args, kwargs), structure, others, tensors)
+        if program.move_state(state):
+            state = self._current_state(others, fresh=True)
+            program.key = self._key(structure, others, tensors, state, state.gradients())
         return program.run(state, tensors, state.gradients())
 
     def _key(
@@ -353,9 +356,10 @@ class Program:
     """A captured and compiled step."""
 
     def __init__(
-        self, key: _Key, captured: Captured, compiled: Callable[..., Sequence[Any]], job: Job
+        self, key: _Key, captured: Captured, compiled: CompiledStep, job: Job
     ) -> None:
-        self.key, self.captured, self.compiled = key, captured, compiled
+        self.key, self.captured, self.compiled, self.job = key, captured, compiled.run, job
+        self.on_host = compiled.on_host
         self.fits = compat.size_check(captured.mode, captured.batch)
         self.sizes: dict[Any, bool] = {}
         sequence = job.sequence
@@ -375,7 +379,16 @@ class Program:
             self.batch.check(tensors)
         with torch.no_grad():
             outputs = iter(self.compiled(*program_inputs(state, tensors, gradients)))
+        if self.on_host or (self.captured.new_moments and self.job.memory_bytes is not None):
+            offload.transfers(self.job.device).settle()  # Python may look at state on the host
         return self._finish(state, tensors, outputs)
+
+    def move_state(self, state: State) -> bool:
+        """Put the moments on the host that the program takes from there; whether any had to be."""
+        moments = enumerate(self.captured.moments)
+        moving = [i for i, m in moments if m.position in self.on_host and not m.on_host]
+        state.keep_on_host(moving, self.job.host_bytes)
+        return bool(moving)
 
     def _finish(self, state: State, tensors: Sequence[Tensor], outputs: Any) -> Any:
         """Put what the program has made where the step would have put it."""

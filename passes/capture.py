@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import operator
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,9 @@ from autodist.runtime.compat import tree_leaves
 from autodist.runtime.parameters import unshard
 
 _aten = torch.ops.aten
+
+RETURNED = "autodist_returned"
+"""Where a graph's meta says which outputs go to the user alone; where it does not, Dynamo knows."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,14 @@ def rebuilt(captured: GraphModule, core: Core, new: GraphModule, divisor: int | 
     made.meta.update(captured.meta)
     compat.copy_sources(captured, made)
     return made
+
+
+def returned_to_user(captured: GraphModule, outputs: int) -> Collection[int]:
+    """Which of a captured program's outputs go to whoever called the compiled model, and nowhere else."""
+    known: Collection[int] | None = captured.meta.get(RETURNED)
+    if known is not None:
+        return known
+    return range(outputs) if compat.returns_to_user() else ()
 
 
 # --- pieces ----------------------------------------------------------------------------------------

@@ -16,6 +16,20 @@ bytes saved do not tell how much is alive while a long chain is computed again.
 When what torch's min-cut saves fits, that is taken: nothing is offloaded, nor recomputed beyond it, and room
 that is left goes to weights kept from forward to backward, those first that save the most gather time a byte.
 
+*State.* A captured step knows what its optimizer keeps: tensors that lie beside the forward and the backward
+and are read and written once a step. Each is one more value of the same problem, which is saved (on the
+device) or offloaded (its place is the host: a copy there and a copy back), and never computed again:
+
+    minimise    seconds added  =  sum over values  +  sum over state on the host  2 b_s / bandwidth
+    subject to  peak of the parts  +  b of the state on the device  <=  room
+                b offloaded  +  b of the state on the host          <=  host
+
+so a byte of state is freed when that is cheaper than a byte of activations, by the same prices and as exactly
+as the rest. Not exact is the price, an upper bound (copies may hide behind the update of another parameter);
+that of several backwards in one step, which are planned in turn, each keeps the state that those before it
+moved where it is; and what the update itself holds: it is read off the whole step afterwards, and corrected
+for. State once moved stays on the host.
+
 What is computed again decides which weights are gathered again, so the choice is made once: by the first
 rank, for the rank that holds the most.
 
@@ -69,11 +83,12 @@ Parts = tuple[GraphModule, GraphModule]
 
 
 class MemoryBoundError(PassError):
-    """A memory bound that no choice keeps. ``least`` bytes are the least that would do."""
+    """A memory bound that no choice keeps. ``least`` bytes are the least that would do. ``alone``: ranks have
+    agreed on a plan before, and only this one's batch is too large for it."""
 
-    def __init__(self, message: str, least: int) -> None:
+    def __init__(self, message: str, least: int, alone: bool = False) -> None:
         super().__init__(message)
-        self.least = least
+        self.least, self.alone = least, alone
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,8 @@ class Budget:
     ``keep_weights``: gathered weights are saved, whatever they cost (ZeRO-1 and ZeRO-2). Where kernels are
     still to be fused peaks are guesses, and somebody will read the program: then ``as_is`` gives what torch's
     min-cut saves the benefit of the doubt, and ``least`` the tightest choice, where they seem a little too
-    large.
+    large. Once a program has been read, and has missed, the tightest choice is taken ``anyway``: what is
+    made of it will be read, too.
     """
 
     device: int
@@ -99,6 +115,15 @@ class Budget:
     keep_weights: bool
     as_is: bool = False
     least: bool = False
+    anyway: bool = False
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Bytes that live on the device beside a program, and could on the host: optimizer state."""
+
+    name: str
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +131,7 @@ class Program:
     """A joint graph that torch's min-cut has prepared, and what it saves of it, by name.
 
     ``lasting`` are positions of inputs that live longer than the program. ``subject`` is what ranks that plan
-    the same program call it, and does not depend on sizes.
+    the same program call it, and does not depend on sizes. ``state`` lives beside it.
     """
 
     joint: GraphModule
@@ -114,12 +139,22 @@ class Program:
     lasting: Sequence[int]
     saved: frozenset[str]
     subject: str
+    state: Sequence[Beside] = ()
 
 
-def fit(
-    program: Program, budget: Budget, context: Context, measure: Callable[[Parts], Peak]
-) -> tuple[Parts, float]:
-    """The two parts of ``program``, within ``budget`` by the fewest added seconds; and how many these are.
+@dataclass(frozen=True)
+class Fitted:
+    """The parts, the seconds that their plan adds, the bytes at their peak, state among them, and the numbers
+    of the state that it wants on the host."""
+
+    parts: Parts
+    seconds: float
+    peak: int
+    on_host: frozenset[int]
+
+
+def fit(program: Program, budget: Budget, context: Context, measure: Callable[[Parts], Peak]) -> Fitted:
+    """The two parts of ``program``, within ``budget`` by the fewest added seconds.
 
     ``measure`` schedules two parts, which it may change, and says what they hold at the peak. Raises
     :class:`MemoryBoundError`, which says the least that would do and what dominates there.
@@ -150,6 +185,8 @@ class _Fit:
             n for n in forward
             if n.name in program.saved and not is_number(n) and not isinstance(n.meta["val"], plain)
         ]  # fmt: skip
+        copies = context.hardware.host_bandwidth
+        self.values = (*self.found.values, *(_value_of(k, budget.host > 0, copies) for k in program.state))
         self.seconds = sum(node_seconds(n, context.hardware) for n in forward)
         self.room = budget.device
         nodes, fused = self.found.nodes, context.fused
@@ -158,7 +195,7 @@ class _Fit:
         self.ways = list(self._ways())
         self.solved: dict[tuple[int, int, int], _Try | BudgetError] = {}
 
-    def run(self) -> tuple[Parts, float]:
+    def run(self) -> Fitted:
         as_is = self._try_as_is()
         subject, most = self.program.subject, self.context.largest
         # Seen from the first rank, which chooses, the room is that of the rank with the least.
@@ -168,12 +205,17 @@ class _Fit:
         for attempt in range(_ATTEMPTS):
             label = f"memory plan {attempt} of {subject}"
             choice = self._read(self.context.agree(label, lambda: self._written_choice(as_is)))
-            over = self._measured(choice).num_bytes - self.budget.device
+            peak = self._measured(choice).num_bytes
+            over = peak - self.budget.device
             worst = most(f"what {label} lacks", over)
-            if max(over, worst) <= 0 or self.budget.least:
+            if max(over, worst) <= 0 or self.budget.least or self.budget.anyway:
                 self._tell(choice, as_is)
-                return self._parts(choice), max(choice.seconds - as_is.choice.seconds, 0.0)
-            if over > worst:  # settled before, with smaller batches
+                added = max(choice.seconds - as_is.choice.seconds, 0.0)
+                state = enumerate(self._of_state(choice.how))
+                moved = frozenset(i for i, h in state if h is How.OFFLOAD)
+                return Fitted(self._parts(choice), added, peak, moved)
+            alone = over > worst  # settled before, with smaller batches
+            if alone:
                 break
             self.room -= worst
         bound, lacks = self.context.memory or 0, max(over, worst)
@@ -181,6 +223,7 @@ class _Fit:
             f"the plan's memory bound is {size_text(bound)}, and the plan that ranks made together lacks "
             f"{size_text(lacks)}. Raise 'memory', or begin with the largest batch.",
             bound + lacks,
+            alone,
         )
 
     def _choose(self, as_is: _Try) -> Choice:
@@ -201,7 +244,7 @@ class _Fit:
         bound, how = json.loads(text)
         if isinstance(bound, str):
             raise MemoryBoundError(bound, how)
-        return replace(evaluate(self.found.values, [How(h) for h in how]), bound=bound)
+        return replace(evaluate(self.values, [How(h) for h in how]), bound=bound)
 
     # --- what fits anyway -----------------------------------------------------------------------------
 
@@ -216,9 +259,10 @@ class _Fit:
         }  # fmt: skip
         kept |= {n for n in self.found.nodes if n.name in self.program.saved and n not in of_weights}
         how = [How.SAVE if n in kept else How.RECOMPUTE for n in self.found.nodes]
-        choice = evaluate(self.found.values, how)
+        how += [How.SAVE] * len(self.program.state)
+        choice = evaluate(self.values, how)
         measured = self._measured(choice).num_bytes
-        self.correction = measured - self.replay.peak(choice.how)
+        self.correction = measured - self._replayed(choice)
         return _Try(choice, measured)
 
     def _with_weights(self, as_is: _Try) -> Choice:
@@ -229,7 +273,7 @@ class _Fit:
             if size <= left:
                 left -= size
                 how[i] = How.SAVE
-        return evaluate(self.found.values, how)
+        return evaluate(self.values, how)
 
     def _gathers(self, choice: Choice) -> list[int]:
         """Weights that are gathered again."""
@@ -260,7 +304,7 @@ class _Fit:
             return _Try(choice, measured[choice].num_bytes)
         least = min(measured, key=lambda c: measured[c].num_bytes)
         doubt = _DOUBT if self.budget.least else 0.0
-        if measured[least].num_bytes * (1 - doubt) > self.room:
+        if measured[least].num_bytes * (1 - doubt) > self.room and not self.budget.anyway:
             raise self._refusal(measured[least])
         return _Try(least, measured[least].num_bytes)
 
@@ -297,7 +341,7 @@ class _Fit:
 
     def _ways(self) -> Iterator[Sequence[Value]]:
         """The candidates as they are, and with what crosses ever more cuts of the forward not recomputed."""
-        values, own = self.found.values, self.found.results
+        values, own = self.values, self.found.results
         place = {i: k for k, i in enumerate(own)}
         forward = [replace(values[i], inputs=tuple(place[u] for u in values[i].inputs)) for i in own]
         before: set[int] = set()
@@ -358,14 +402,29 @@ class _Fit:
             except BudgetError as error:
                 self.solved[key] = error
             else:
-                self.solved[key] = _Try(choice, self.replay.peak(choice.how))
+                self.solved[key] = _Try(choice, self._replayed(choice))
         found = self.solved[key]
         if isinstance(found, BudgetError):
             raise found
         return replace(found, peak=found.peak + self.correction)
 
+    def _replayed(self, choice: Choice) -> int:
+        of_parts = choice.how[: len(self.found.nodes)]
+        return self.replay.peak(of_parts) + sum(k.num_bytes for k in self._beside(choice))
+
     def _measured(self, choice: Choice) -> Peak:
-        return self.measure(self._parts(choice))
+        found = self.measure(self._parts(choice))
+        beside = [(k.name, k.num_bytes) for k in self._beside(choice)]
+        top = sorted([*found.top, *beside], key=operator.itemgetter(1), reverse=True)
+        return Peak(found.num_bytes + sum(size for _, size in beside), tuple(top))
+
+    def _of_state(self, how: Sequence[How]) -> Sequence[How]:
+        return how[len(self.found.nodes) :]
+
+    def _beside(self, choice: Choice) -> list[Beside]:
+        """State that stays on the device."""
+        state = zip(self.program.state, self._of_state(choice.how), strict=True)
+        return [k for k, h in state if h is How.SAVE]
 
     def _refusal(self, least: Peak) -> MemoryBoundError:
         context = self.context
@@ -376,12 +435,17 @@ class _Fit:
             f"the plan's memory bound is {size_text(asked)}, and the least that this program can do with is "
             f"{size_text(peak + outside)}: {size_text(outside)} of gradients and optimizer state, and "
             f"{size_text(peak)} at the peak, of which the largest are {top}. Raise 'memory', shard over more "
-            "ranks, split sequences ('sp'), or make the batch smaller.",
+            f"ranks, split sequences ('sp'), or make the batch smaller.{self._hint()}",
             peak + outside,
         )
 
+    def _hint(self) -> str:
+        if self.program.state or self.context.resident == 0:
+            return ""
+        return " Of a captured step (autodist.train_step) the optimizer's state can be kept on the host."
+
     def _tell(self, choice: Choice, as_is: _Try) -> None:
-        bound, values = size_text(self.context.memory or 0), self.found.values
+        bound, values, nodes = size_text(self.context.memory or 0), self.values, len(self.found.nodes)
         for i in self._gathers(as_is.choice):
             name = parameter_of(source(self.found.nodes[i].args[0]), self.context.parameters)  # type: ignore[arg-type]
             if choice.how[i] is How.SAVE:
@@ -402,7 +466,8 @@ class _Fit:
         )
         for i in moved:
             costs = f"{size_text(values[i].num_bytes)}; {values[i].offload * 1e3:.3f} ms of copies"
-            self.context.decide(values[i].name, "offloaded", f"{costs}, to stay in {bound}")
+            action = "offloaded" if i < nodes else "on the host"
+            self.context.decide(values[i].name, action, f"{costs}, to stay in {bound}")
         for i in again:
             costs = f"{size_text(values[i].num_bytes)}; {values[i].recompute * 1e3:.3f} ms again"
             self.context.decide(values[i].name, "recomputed", f"{costs}, to stay in {bound}")
@@ -410,7 +475,7 @@ class _Fit:
     # --- parts ------------------------------------------------------------------------------------------
 
     def _parts(self, choice: Choice) -> Parts:
-        kept = dict(zip(self.found.nodes, choice.how, strict=True))
+        kept = dict(zip(self.found.nodes, choice.how, strict=False))  # what follows is state
         saved = [n for n, h in kept.items() if h in (How.SAVE, How.OFFLOAD) and n.op == "call_function"]
         program = self.program
         parts = compat.extract_parts(
@@ -420,6 +485,11 @@ class _Fit:
         if moved:
             _offload(parts, moved, program.num_outputs, self.budget.host, self.context.hardware)
         return parts
+
+
+def _value_of(kept: Beside, can_move: bool, bandwidth: float) -> Value:
+    copies = 2 * kept.num_bytes / bandwidth if can_move else math.inf
+    return Value(kept.name, kept.num_bytes, (), True, math.inf, 0.0, copies)
 
 
 def _is_of_weight(node: Node) -> bool:
@@ -499,4 +569,4 @@ def _early(graph: torch.fx.Graph, first: Node, size: int, hardware: Hardware) ->
     return at
 
 
-__all__ = ["Budget", "MemoryBoundError", "Parts", "Peak", "Program", "fit"]
+__all__ = ["Beside", "Budget", "Fitted", "MemoryBoundError", "Parts", "Peak", "Program", "fit"]

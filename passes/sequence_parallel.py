@@ -28,16 +28,13 @@ from torch.fx import GraphModule, Node
 
 from autodist.passes.analysis.placement import Axis, Gathered, Propagation, Value
 from autodist.passes.base import Context, Pass, Phase
-from autodist.passes.capture import core_of, rebuilt
+from autodist.passes.capture import core_of, rebuilt, returned_to_user
 from autodist.passes.graph import replace, value
 from autodist.runtime import axis, compat
 from autodist.runtime.outputs import Kept
 
 SHARDED_OUTPUTS = "autodist_sharded_outputs"
 """Where the pass leaves, on the graph's meta, the placement of the outputs that it did not gather."""
-
-RETURNED = "autodist_returned"
-"""Where a graph's meta says which outputs go to the user alone; where it does not, Dynamo knows."""
 
 POLICIES = "autodist_checkpoint_policies"
 """Where it leaves the policies of selective checkpoints, whose bodies it has inlined."""
@@ -60,9 +57,7 @@ class SequenceParallel(Pass):
         where = Axis("sp", self.size, self.group)
         propagation = Propagation(core.graph, where, set(core.weights), self.strict)
         kept: dict[int, Kept] = {}
-        to_user = graph.meta.get(RETURNED)
-        if to_user is None:
-            to_user = range(core.outputs) if compat.returns_to_user() else ()
+        to_user = returned_to_user(graph, core.outputs)
         given = graph.graph.find_nodes(op="placeholder")
 
         def run(*inputs: Any) -> list[Any]:

@@ -12,26 +12,38 @@ nothing. Random operators stay whole, so that the same numbers are drawn.
 
 The number of pieces is one for a program, and a function of the whole program's sizes, so all ranks have the
 same. Seeds: tiled logits and MLPs of ALST (arXiv:2506.13996).
+
+What goes to the caller must be made whole, unless it is *withheld*: a result that would keep its region from
+being made in tiles, of a program that returns a number (its loss) beside it. Then the program returns, in
+its place, a tensor without elements that has its shape behind a dimension of size 0.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from autodist.passes.analysis.chunks import Places, Region, Regions
 from autodist.passes.base import Context, Pass, Phase, size_text
-from autodist.passes.capture import core_of, rebuilt
-from autodist.passes.graph import replace
+from autodist.passes.capture import Core, core_of, rebuilt, returned_to_user
+from autodist.passes.graph import num_bytes, output_of, replace, tensor_bytes
 from autodist.runtime import compat
 
 _WORTH = 2  # times what comes in or goes out: what a region holds inside to be worth tiles
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default)
+
+WITHHELD = "autodist_withheld"
+"""Where the pass leaves, on the graph's meta, which outputs it has withheld."""
+
+WITHHOLDABLE = "autodist_withholdable"
+"""Where it leaves which it might."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +51,11 @@ class Tile(Pass):
     """Make a region in ``pieces``, or as many as make what is inside as small as what comes in or goes out.
 
     It is left whole where that makes little of it smaller, or where it holds less than a piece of the
-    largest.
+    largest. ``withhold`` withholds results.
     """
 
     pieces: int
+    withhold: bool = False
     name: ClassVar[str] = "tile"
     phase: ClassVar[tuple[Phase, ...]] = (Phase.CAPTURED,)
 
@@ -50,8 +63,14 @@ class Tile(Pass):
         core = core_of(graph)
         _without_idle_dropout(core.graph)
         named = set(core.parameters(context.parameters))
-        regions = Regions(core.graph, self.pieces, named)
-        found = regions.found(*core.fakes)
+        regions, found = self._regions(core, named)
+        large = _returned(core, found, returned_to_user(graph, core.outputs))
+        graph.meta[WITHHOLDABLE] = frozenset(large)
+        withheld = large if self.withhold else {}
+        shown = {i: _Shown(n.meta["val"], n.name) for i, n in withheld.items()}
+        if withheld:
+            _drop(core.graph, withheld)
+            regions, found = self._regions(core, named)
         largest = max((r.inside for r in found), default=0)
         counts = {
             r.nodes[0]: min(self.pieces, 2 ** round(math.log2(r.inside / r.border)))
@@ -64,7 +83,7 @@ class Tile(Pass):
         if draws != [n for n in core.graph.graph.nodes if compat.is_random(n.target)]:
             context.decide("program", "not tiled", "random numbers would be drawn in another order")
             return graph
-        tiled = _Tiled(core.graph, regions.order)
+        tiled = _Tiled(core.graph, regions.order, shown)
         for size in set(counts.values()):
             regions = Regions(core.graph, size, named)
             for region in regions.found(*core.fakes):
@@ -72,6 +91,7 @@ class Tile(Pass):
                     tiled.add(region, regions)
         made = rebuilt(graph, core, core.trace(tiled.run))
         made.graph.eliminate_dead_code()
+        made.meta[WITHHELD] = frozenset(withheld)
         for node, places in tiled.places.items():
             region = places.region
             context.decide(
@@ -80,7 +100,58 @@ class Tile(Pass):
                 f"{len(region.nodes)} token-local operators: what is inside takes up to "
                 f"{size_text(region.inside)}, what comes in or goes out {size_text(region.border)}",
             )
+        for output, result in shown.items():
+            reason = f"{size_text(tensor_bytes(result.value))} that are returned and not needed for the loss"
+            context.decide(result.name, "withheld", f"output {output}: {reason}, and do not fit")
         return made
+
+    def _regions(self, core: Core, named: set[str]) -> tuple[Regions, list[Region]]:
+        regions = Regions(core.graph, self.pieces, named)
+        return regions, regions.found(*core.fakes)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """The fake ``value`` of a result that is withheld."""
+
+    value: Tensor
+    name: str
+
+    def stand_in(self) -> Tensor:
+        return torch.empty([0, *self.value.shape], dtype=self.value.dtype, device=self.value.device)
+
+
+def _returned(core: Core, found: list[Region], to_user: Collection[int]) -> dict[int, Node]:
+    """Results for the caller alone that keep a region whole, by output.
+
+    There are none where no number is returned: what is computed from them outside would be the loss.
+    """
+    outputs = list(output_of(core.graph).args[0])[: core.outputs]  # type: ignore[arg-type]
+    if not any(isinstance(n, Node) and _is_number(n) for n in outputs):
+        return {}
+    chosen = {}
+    for region in found:
+        inside = {*region.nodes, output_of(core.graph)}
+        own = [n for n in region.nodes if region.shards[n] is not None and inside.issuperset(n.users)]
+        given = {u for n in region.nodes for u in n.all_input_nodes} - inside
+        rest = max(map(num_bytes, [*(n for n in region.nodes if n not in own), *given]), default=0)
+        for i in to_user:
+            node = outputs[i]
+            if node in own and num_bytes(node) >= _WORTH * rest:
+                chosen[i] = node
+    return chosen
+
+
+def _is_number(node: Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _drop(graph: GraphModule, outputs: Collection[int]) -> None:
+    """Return None in the place of some outputs."""
+    output = output_of(graph)
+    output.args = ([None if i in outputs else n for i, n in enumerate(output.args[0])],)  # type: ignore[arg-type]
+    graph.graph.eliminate_dead_code()
 
 
 def _without_idle_dropout(graph: GraphModule) -> None:
@@ -91,11 +162,12 @@ def _without_idle_dropout(graph: GraphModule) -> None:
 
 
 class _Tiled(Interpreter):
-    """Runs a graph on whole values, some of its regions in tiles."""
+    """Runs a graph on whole values, some of its regions in tiles; what is ``shown`` of outputs stands for
+    them."""
 
-    def __init__(self, graph: GraphModule, order: list[Node]) -> None:
+    def __init__(self, graph: GraphModule, order: list[Node], shown: Mapping[int, _Shown]) -> None:
         super().__init__(graph)
-        self.order = order
+        self.order, self.shown = order, shown
         self.places: dict[Node, Places] = {}
         self.inside: set[Node] = set()
 
@@ -112,7 +184,8 @@ class _Tiled(Interpreter):
                 self.env.update(self.places[node].run(self.env))
             elif node not in self.inside:
                 self.env[node] = self.run_node(node)
-        return list(self.env[node])
+        results = list(self.env[node])
+        return [self.shown[i].stand_in() if i in self.shown else x for i, x in enumerate(results)]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in _VIEWS:  # what was put together from pieces may have other strides

@@ -116,6 +116,12 @@ def fake_of(mode: FakeTensorMode, real: torch.Tensor, dynamic: set[int], number:
     return mode.from_tensor(real, source=ConstantSource(f"input{number}"), symbolic_context=context)
 
 
+def fake_like(mode: FakeTensorMode, fake: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same on another device."""
+    with mode:
+        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=device)
+
+
 def size_check(
     mode: FakeTensorMode, fakes: Sequence[torch.Tensor]
 ) -> Callable[[Sequence[torch.Tensor]], bool]:

@@ -5,6 +5,11 @@
     token = reload_start(host)        memory on the device is taken, and begins to be filled
     x     = reload_wait(token, host)  it is filled, as far as what follows can tell
 
+What has its place on the host for good (optimizer state) is written over there:
+
+    token = store_start(x, host)      x begins to be copied to host; it must live on
+    store_wait(token, x, host)        host holds it, as far as what follows can tell: x may die
+
 The copy is flat: the elements in the order of ``stride``, which is how ``x`` lies in memory as a rule. A
 compiler may have laid it out in another way; then it is rearranged on the way out, not on the way back.
 
@@ -16,7 +21,9 @@ Host memory comes from a :class:`HostPool`: *chunks*, pinned where there is an a
 the pool when the tensor in them dies and are used again by tensors of their size. What a pool has handed out
 never exceeds its limit. A chunk remembers the last copy that read it, and the next one that writes it waits.
 
-Invariants: outputs never alias inputs; every start is followed by its wait; the operators are pure.
+Invariants: outputs never alias inputs; every start is followed by its wait; the operators are pure, but for
+``store_wait``, which stands for the write that its start begins: what was to be read of ``host`` before, has
+been. Python must not read host memory before :meth:`Transfers.settle`.
 """
 
 from __future__ import annotations
@@ -37,7 +44,7 @@ from torch import Tensor
 from autodist.runtime import compat
 
 Wait = Callable[[], None]
-_PAGE = 4096
+PAGE = 4096
 
 
 class HostMemoryError(MemoryError):
@@ -70,7 +77,7 @@ class HostPool:
         Raises :class:`HostMemoryError` when more than ``limit`` bytes would be in use.
         """
         wanted = max(like.numel() * like.element_size(), 1)
-        size = -(-wanted // _PAGE) * _PAGE
+        size = -(-wanted // PAGE) * PAGE
         if self.used + size > limit:
             raise HostMemoryError(
                 f"offloading {size} bytes more would exceed the {limit} bytes that the plan's 'host_memory' "
@@ -83,6 +90,10 @@ class HostPool:
         view = chunk.memory[:]  # lives as long as the tensor does
         weakref.finalize(view, self._put, chunk)
         return torch.from_numpy(view)[: like.numel() * like.element_size()].view(like.dtype)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in memory of this pool."""
+        return tensor.untyped_storage().data_ptr() in self._at
 
     def chunk(self, host: Tensor) -> Chunk:
         """The chunk that a tensor of this pool lies in."""
@@ -110,6 +121,10 @@ class Copier(Protocol):
         """Begin to copy, once ``after`` has been waited for; the result waits for the copy."""
         ...
 
+    def settle(self) -> None:
+        """Let Python wait until all copies have been made."""
+        ...
+
 
 class AtOnce:
     """Copies are made when they are asked for: a CPU."""
@@ -119,6 +134,9 @@ class AtOnce:
             after()
         target.copy_(source)
         return _nothing
+
+    def settle(self) -> None:
+        pass
 
 
 class OnStreams:
@@ -139,6 +157,10 @@ class OnStreams:
             done.record(stream)
         (source if source.is_cuda else target).record_stream(stream)
         return lambda: torch.cuda.current_stream(self.device).wait_event(done)
+
+    def settle(self) -> None:
+        self.out.synchronize()
+        self.back.synchronize()
 
 
 def _nothing() -> None:
@@ -167,6 +189,19 @@ class Transfers:
         self.pool.chunk(host).last = wait
         return self._begun(x, wait)
 
+    def over(self, x: Tensor, host: Tensor) -> Tensor:
+        return self._begun(host, self.copier.copy(host, x, self.pool.chunk(host).last))
+
+    def keep(self, x: Tensor, limit: int) -> Tensor:
+        """A copy of ``x``, of its layout, in host memory; at once."""
+        host = self.pool.take(x, limit).as_strided(x.shape, x.stride())
+        self.settle()
+        return host.copy_(x)
+
+    def settle(self) -> None:
+        """Let Python wait until what has begun to be copied is there."""
+        self.copier.settle()
+
     def end(self, token: Tensor) -> Tensor:
         target, wait = self.running.pop(int(token))
         wait()
@@ -184,6 +219,13 @@ def transfers(device: torch.device) -> Transfers:
     if device.type == "cuda":
         return Transfers(HostPool(pinned=True), OnStreams(device))
     return Transfers(HostPool(pinned=False), AtOnce())
+
+
+def is_on_host(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor of a program on ``device`` lies in host memory that is kept here."""
+    if tensor.device.type != "cpu" or tensor.dim() == 0 or isinstance(tensor, compat.FakeTensor):
+        return False
+    return tensor.layout is torch.strided and transfers(device).pool.holds(tensor)
 
 
 # --- operators ---------------------------------------------------------------------------------------
@@ -209,6 +251,18 @@ def _reload_wait(
     return transfers(device).end(token)
 
 
+def _store_start(x: Tensor, host: Tensor) -> Tensor:
+    return transfers(x.device).over(x, host)
+
+
+def _store_wait(token: Tensor, x: Tensor, host: Tensor) -> None:
+    transfers(x.device).end(token)
+
+
+def _fake_nothing(*_: object) -> None:
+    pass
+
+
 def _fake_token(*_: object) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
@@ -223,7 +277,7 @@ def _fake_back(
     return torch.empty_strided(size, stride, dtype=host.dtype, device=device)
 
 
-_OPERATORS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+_OPERATORS: tuple[tuple[str, Callable[..., Tensor | None], Callable[..., Tensor | None]], ...] = (
     ("offload_start(Tensor x, int[] stride, int limit) -> Tensor", _offload_start, _fake_token),
     ("offload_wait(Tensor token, Tensor x) -> Tensor", _offload_wait, _fake_host),
     (
@@ -236,6 +290,8 @@ _OPERATORS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...]
         _reload_wait,
         _fake_back,
     ),
+    ("store_start(Tensor x, Tensor host) -> Tensor", _store_start, _fake_token),
+    ("store_wait(Tensor token, Tensor x, Tensor(a!) host) -> ()", _store_wait, _fake_nothing),
 )
 
 _LIBRARY = torch.library.Library("autodist", "FRAGMENT")
@@ -249,17 +305,23 @@ offload_start = torch.ops.autodist.offload_start.default
 offload_wait = torch.ops.autodist.offload_wait.default
 reload_start = torch.ops.autodist.reload_start.default
 reload_wait = torch.ops.autodist.reload_wait.default
+store_start = torch.ops.autodist.store_start.default
+store_wait = torch.ops.autodist.store_wait.default
 
 __all__ = [
+    "PAGE",
     "AtOnce",
     "Copier",
     "HostMemoryError",
     "HostPool",
     "OnStreams",
     "Transfers",
+    "is_on_host",
     "offload_start",
     "offload_wait",
     "reload_start",
     "reload_wait",
+    "store_start",
+    "store_wait",
     "transfers",
 ]

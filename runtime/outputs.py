@@ -1,8 +1,9 @@
-"""What enters and leaves a program whose sequences are split over ranks.
+"""What enters and leaves a program whose sequences are split, over ranks or in time.
 
 On the way in, all ranks of a group must bring the same batch: each computes a part of it, and the parts of
 different batches would add up to nothing. On the way out, a result that stays in pieces is handed to the
-caller as a DTensor, or withheld: as a tensor that has a shape and no data, and says so when it is used.
+caller as a DTensor, or withheld: as a tensor that has a shape and no data, and says so when it is used. One
+that is made in tiles, never whole, is withheld, too.
 """
 
 from __future__ import annotations
@@ -44,13 +45,9 @@ class WithheldOutput(Tensor):
         shown = next(a for a in args if isinstance(a, WithheldOutput))
         with compat.plain_functions():
             shape = tuple(shown.shape)
-        raise WithheldOutputError(
-            f"this output of shape {shape} lies on other ranks, or in pieces on the ranks that share its "
-            "sequences, "
-            "and the plan does not gather it (it can be the largest tensor of a step). Compute the loss "
-            "inside "
-            'the compiled model, or set outputs="gathered" (with sp also "sharded") in the plan.'
-        )
+        raise WithheldOutputError(f"this output of shape {shape} {shown.reason}")
+
+    reason = ""
 
 
 _METADATA = {
@@ -67,6 +64,35 @@ _METADATA = {
     Tensor.__len__,
     Tensor.__repr__,
 }
+
+
+_IN_PIECES = (
+    "lies in pieces on the ranks that share its sequences, and the plan does not gather it (it can be the "
+    "largest tensor of a step). Compute the loss inside the compiled model, or set "
+    'outputs="gathered" or outputs="sharded" in the plan.'
+)
+ELSEWHERE = (
+    "lies on the ranks of another pipeline stage, and the plan does not send it (it can be the largest tensor "
+    'of a step). Compute the loss inside the compiled model, or set outputs="gathered" in the plan.'
+)
+_IN_TILES = (
+    "was not made: the plan's memory has no room for it, and the loss is made of one piece of it at a time. "
+    "Compute what you need of it inside the compiled model, raise 'memory', or set "
+    'outputs="gathered" in the plan to have it counted among what must fit.'
+)
+
+
+def withheld(shape: Sequence[int], dtype: torch.dtype, reason: str = _IN_TILES) -> Tensor:
+    """A stand-in for a result."""
+    made = torch.empty(shape, dtype=dtype, device="meta").as_subclass(WithheldOutput)
+    made.reason = reason
+    return made
+
+
+def shape_of(stand_in: Tensor) -> Tensor:
+    """A result's shape and type, without data, from the empty tensor that a program returns in its place."""
+    device = stand_in.device if isinstance(stand_in, compat.FakeTensor) else "meta"
+    return torch.empty(stand_in.shape[1:], dtype=stand_in.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -97,17 +123,12 @@ def returned(
     shape = [*local.shape]
     shape[kept.dim] = length
     if not as_dtensor:
-        return withheld(shape, local.dtype)
+        return withheld(shape, local.dtype, _IN_PIECES)
     mine = local.narrow(kept.dim, 0, dialect.local_rows(length, mesh.size(), mesh.get_local_rank()))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         mine, mesh, [Shard(kept.dim)], run_check=False, shape=torch.Size(shape), stride=stride
     )
-
-
-def withheld(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A stand-in for a result that lies elsewhere, or in pieces."""
-    return torch.empty(tuple(shape), dtype=dtype, device="meta").as_subclass(WithheldOutput)
 
 
 class SameBatch:

@@ -21,11 +21,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import autodist.backend
 from autodist.job import Job, start_job
 from autodist.prepare import prepared_job
 from autodist.runtime import offload
+from autodist.runtime.outputs import WithheldOutput, WithheldOutputError
 from tests.allocations import peak_bytes, step_peak
 from tests.models import CASES, VOCAB
 from tests.parity import check_gradients, full
@@ -77,7 +79,8 @@ class Run:
 
         def step() -> Tensor:
             torch.manual_seed(0)
-            loss: Tensor = self.compiled(**self.batch).loss
+            self.results = self.compiled(**self.batch)
+            loss: Tensor = self.results.loss
             loss.backward()
             return loss.detach()
 
@@ -174,6 +177,28 @@ def test_inductors_program_keeps_to_the_plan(monkeypatch: pytest.MonkeyPatch) ->
     job = jobs[-1]
     read = max(job.reports[-1].emitted_peak(part) for part in ("forward", "backward"))
     assert abs(read - peak) < 0.05 * peak
+
+
+def test_logits_are_returned_where_they_fit_and_withheld_where_not() -> None:
+    """An unmodified Hugging Face model, that returns logits beside its loss."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 2000, "hidden_size": 32, "intermediate_size": 64}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **layers, use_cache=False))
+    run = Run(model, tokens(4, 127))
+    logits = 4 * 4 * 127 * 2000
+    unplanned = run.peak(**EAGER)
+    assert unplanned > 2 * logits
+    run.peak(**EAGER, memory=run.memory(1.1 * unplanned))
+    torch.testing.assert_close(run.results.logits, run.reference(**run.batch).logits, rtol=1e-5, atol=1e-5)
+    memory = run.memory(0.8 * logits)
+    assert run.peak(**EAGER, memory=memory) + run.held + run.reserved <= memory + OWN
+    assert isinstance(run.results.logits, WithheldOutput)
+    assert run.results.logits.shape == (4, 127, 2000)
+    with pytest.raises(WithheldOutputError, match="raise 'memory'"):
+        run.results.logits.sum()
+    with pytest.raises(Exception, match="the least that this program can do with"):
+        run.peak(**EAGER, memory=memory, outputs="gathered")
 
 
 class Wide(nn.Module):

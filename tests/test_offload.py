@@ -23,6 +23,9 @@ class Delayed:
     Like a stream, it keeps nobody's memory alive.
     """
 
+    def __init__(self) -> None:
+        self.late: list[Callable[[], None]] = []
+
     def copy(self, target: Tensor, source: Tensor, after: Callable[[], None] | None) -> Callable[[], None]:
         to, of, done = unowned(target), unowned(source), False
 
@@ -33,8 +36,14 @@ class Delayed:
                 if after is not None:
                     after()
                 to.copy_(of)
+                self.late.remove(wait)
 
+        self.late.append(wait)
         return wait
+
+    def settle(self) -> None:
+        for wait in list(self.late):
+            wait()
 
 
 def unowned(tensor: Tensor) -> Tensor:
@@ -145,3 +154,34 @@ def test_memory_on_the_host_is_not_torchs(transfers: Transfers) -> None:
         token = offload.offload_start(x, [1], LIMIT)
         host = offload.offload_wait(token, x)
     assert found.peak < 1000 and host.numel() == 1 << 16
+
+
+def test_a_place_on_the_host_is_read_and_written_over(transfers: Transfers) -> None:
+    """A thousand times, between values that must not change."""
+    places = [transfers.keep(torch.full((2, 500), float(i)), LIMIT) for i in range(3)]
+    owned, used = transfers.pool.owned, transfers.pool.used
+    assert all(transfers.pool.holds(p) for p in places) and not transfers.pool.holds(torch.ones(3))
+    layout = ([2, 500], [500, 1], CPU)
+    for _ in range(1000):
+        token = offload.reload_start(places[1], *layout)
+        x = offload.reload_wait(token, places[1], *layout)
+        made = x + 1
+        token = offload.store_start(made, places[1])
+        offload.store_wait(token, made, places[1])
+        made.fill_(-1)  # from here on the memory is somebody else's
+    transfers.settle()
+    for place, value in zip(places, (0.0, 1001.0, 2.0), strict=True):
+        assert torch.equal(place, torch.full((2, 500), value))
+    assert (transfers.pool.owned, transfers.pool.used) == (owned, used)
+
+
+def test_a_place_is_written_after_it_has_been_read(transfers: Transfers) -> None:
+    host = transfers.keep(torch.ones(64), LIMIT)
+    layout = ([64], [1], CPU)
+    token = offload.reload_start(host, *layout)
+    x = torch.full((64,), 2.0)
+    stored = offload.store_start(x, host)  # before what was read has been waited for
+    transfers.settle()
+    assert torch.equal(offload.reload_wait(token, host, *layout), torch.ones(64))
+    offload.store_wait(stored, x, host)
+    assert torch.equal(host, torch.full((64,), 2.0))

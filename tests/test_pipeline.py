@@ -85,7 +85,8 @@ def check(model: nn.Module, reference: nn.Module, what: str, tolerance: float = 
 
 
 def trained(case: str, options: dict[str, Any], sizes: Sequence[int]) -> tuple[int, int]:
-    """For batches of these ``sizes``, train ``case`` as a pipeline and whole, side by side; how many parameters this rank holds, and all."""
+    """For batches of these ``sizes``, train ``case`` as a pipeline and whole, side by side; how many
+    parameters this rank holds, and all."""
     torch._dynamo.reset()
     options = {**EAGER, **options}
     model = build(case)

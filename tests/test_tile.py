@@ -22,6 +22,7 @@ from autodist.passes.base import Context, Decision, Phase
 from autodist.passes.tile import Tile
 from autodist.prepare import prepared_job
 from autodist.runtime import compat
+from autodist.runtime.outputs import WithheldOutput, WithheldOutputError
 from tests.models import CASES
 from tests.parity import check_gradients
 from tests.ranks import run_ranks
@@ -63,13 +64,14 @@ def mean_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
 class Tiled:
     """A backend that makes tiles and nothing else; ``decisions`` say which, ``graph`` is the last made."""
 
-    def __init__(self, pieces: int) -> None:
-        self.pieces, self.decisions, self.graph = pieces, list[Decision](), GraphModule({}, torch.fx.Graph())
+    def __init__(self, pieces: int, withhold: bool = False) -> None:
+        self.tile = Tile(pieces, withhold)
+        self.decisions, self.graph = list[Decision](), GraphModule({}, torch.fx.Graph())
         self.sizes: set[int] = set()
 
     def __call__(self, graph: GraphModule, inputs: list[Any]) -> Any:
         context = Context(Phase.CAPTURED, hardware=None)  # type: ignore[arg-type]
-        self.graph = Tile(self.pieces).apply(graph, context)
+        self.graph = self.tile.apply(graph, context)
         self.decisions += context.decisions
 
         def look(part: GraphModule, _: Any) -> Any:
@@ -199,6 +201,49 @@ def test_what_is_returned_is_made_whole() -> None:
     torch.testing.assert_close((loss, logits), (wanted, all_logits))
 
 
+class Returns(Tiny):
+    """Like a Hugging Face model, returns its logits beside the loss."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(ids)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_withheld_results_are_not_made(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    tiled, model, reference = Tiled(8, withhold=True), Returns(), Returns()
+    step = torch.compile(model, backend=tiled, dynamic=dynamic)
+    for length in (64, 40) if dynamic else (64,):
+        ids, labels = batch(2, length)
+        (loss, logits), (wanted, _) = step(ids, labels), reference(ids, labels)
+        assert logits.shape == (0, 2, length, VOCAB) and not logits.requires_grad
+        torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+        for one in (loss, wanted):
+            one.backward()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
+    assert any("withheld" in d.action for d in tiled.decisions)
+    assert max(tiled.sizes) == max(2 * 64 * VOCAB // 8, VOCAB * WIDTH)
+
+
+def test_what_is_not_withheld() -> None:
+    """Nothing where no loss is returned, nor what others need, nor what is small."""
+    ids, labels = batch(2, 64)
+    cases: list[Callable[..., Any]] = [
+        lambda m, i, y: (m(i), m.embed(i).mean(-1)),
+        lambda m, i, y: (mean_loss(m, i, y), m.embed(i)),
+        lambda m, i, y: (lambda x: (F.cross_entropy(x.flatten(0, 1), y.flatten()), x, x.sort(1)[0]))(m(i)),
+    ]
+    for function in cases:
+        torch._dynamo.reset()
+        tiled = Tiled(8, withhold=True)
+        found = torch.compile(function, backend=tiled)(Tiny(), ids, labels)
+        wanted = function(Tiny(), ids, labels)
+        torch.testing.assert_close(found, wanted)
+        assert not any("withheld" in d.action for d in tiled.decisions)
+
+
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "t5", "gemma2", "bert"])
 def test_models(name: str) -> None:
     model = CASES[name].build().train()
@@ -223,40 +268,58 @@ def test_models(name: str) -> None:
 # --- within a memory plan ---------------------------------------------------------------------------
 
 
-def planned(options: dict[str, Any], door: int) -> None:
-    """Under a bound that all logits do not fit in, the loss is made in tiles, and trains the same."""
+def planned(options: dict[str, Any], door: int, returns: bool = False) -> None:
+    """Under a bound that all logits do not fit in, the loss is made in tiles, and trains the same; logits
+    that are returned are withheld."""
     fresh()
     ids, labels = batch(4, 96)
     groups = dist.get_world_size() // options.get("sp", 1)
     mine = slice(None) if groups == 1 else slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     labels[:] = torch.where(labels < 0, 1, labels)  # as many in either half: the mean is of their means
-    model, reference = Tiny(), Tiny()
-    mean_loss(reference, ids, labels).backward()
+    model, reference = (Returns(), Returns()) if returns else (Tiny(), Tiny())
+    function = Returns.__call__ if returns else mean_loss
+    loss_of(function(reference, ids, labels)).backward()
     held = 4 * sum(p.nbytes for p in model.parameters()) + 2 * ids.nbytes
     logits = 4 * ids[mine].numel() * VOCAB // options.get("sp", 1)
     plan = {"lowering": "eager", "memory": held + int(1.5 * logits), **options}
     autodist.prepare(model, plan)
     if door == 1:
-        torch.compile(mean_loss, backend="autodist", options=plan)(model, ids[mine], labels[mine]).backward()
+        compiled = torch.compile(model if returns else mean_loss, backend="autodist", options=plan)
+        found = compiled(*([] if returns else [model]), ids[mine], labels[mine])
+        loss_of(found).backward()
     else:
-        autodist.train_step(plan=plan)(gradients_of)(model, ids[mine], labels[mine])
+        found = autodist.train_step(plan=plan)(gradients_of)(model, ids[mine], labels[mine])
     check_gradients(model, reference)
+    if returns:
+        assert isinstance(found[1], WithheldOutput) and found[1].shape == (*ids[mine].shape, VOCAB)
+        reason = "on the ranks" if "sp" in options else "raise 'memory'"
+        with pytest.raises(WithheldOutputError, match=reason):
+            found[1].argmax(-1)
     job = prepared_job(model)
     assert job is not None
     made = [d.action for r in job.reports[-1].records for d in r.decisions if r.name == Tile.name]
-    assert made and all("tiles" in action for action in made)
+    assert made and all("tiles" in action or action == "withheld" for action in made)
 
 
-def gradients_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    loss = mean_loss(model, ids, labels)
-    loss.backward()
-    return loss.detach()
+def loss_of(results: Any) -> Tensor:
+    return results[0] if isinstance(results, tuple) else results
+
+
+def gradients_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Any:
+    results = model(ids, labels) if isinstance(model, Returns) else mean_loss(model, ids, labels)
+    loss_of(results).backward()
+    return results
 
 
 @pytest.mark.parametrize("door", [1, 2])
 @pytest.mark.parametrize("options", [{"zero": 3}, {"zero": 1}, {"sp": 2}], ids=str)
 def test_with_shards_and_sequences(options: dict[str, Any], door: int) -> None:
     run_ranks(planned, 2, options, door)
+
+
+@pytest.mark.parametrize(("options", "door"), [({"zero": 3}, 1), ({"zero": 2}, 2), ({"sp": 2}, 1)], ids=str)
+def test_withheld_with_shards_and_sequences(options: dict[str, Any], door: int) -> None:
+    run_ranks(planned, 2, options, door, True)
 
 
 def test_lengths_that_vary() -> None:

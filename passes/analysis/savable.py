@@ -43,7 +43,7 @@ from autodist.passes.graph import num_bytes, output_of
 from autodist.runtime import compat, dialect
 
 READS = (dialect.unshard, dialect.replica)
-_SMALLEST = 1 << 16  # bytes worth a copy to the host
+SMALLEST = 1 << 16  # bytes worth a copy to the host
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
 
@@ -189,7 +189,7 @@ def _write_and_read(node: Node, hardware: Hardware) -> float:
 
 def _offload(node: Node, rules: Rules, hardware: Hardware) -> float:
     size = num_bytes(node)
-    impossible = not rules.offload or size < _SMALLEST or node.target in READS or not _has_memory(node)
+    impossible = not rules.offload or size < SMALLEST or node.target in READS or not _has_memory(node)
     if impossible or compat.checkpoint_saves(node):
         return math.inf
     if not compat.is_dense(node.meta["val"]) or compat.is_symbolic(node.meta["val"]):
@@ -198,4 +198,4 @@ def _offload(node: Node, rules: Rules, hardware: Hardware) -> float:
     return 2 * size / rate + 2 * hardware.launch
 
 
-__all__ = ["READS", "Rules", "Savable", "backward_nodes", "is_number", "savable"]
+__all__ = ["READS", "SMALLEST", "Rules", "Savable", "backward_nodes", "is_number", "savable"]
