@@ -45,19 +45,23 @@ def _causal(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _single(model: nn.Module, workload: Workload) -> Step:
+def attend_causally(model: nn.Module) -> None:
     _attend(model, "causal", _causal)
+
+
+def _single(model: nn.Module, workload: Workload) -> Step:
+    attend_causally(model)
     return ordinary_step(model, adamw(model))
 
 
 def _single_compile(model: nn.Module, workload: Workload) -> Step:
-    _attend(model, "causal", _causal)
+    attend_causally(model)
     return ordinary_step(torch.compile(model), adamw(model))
 
 
 def _autodist(stage: int) -> Callable[[nn.Module, Workload], Step]:
     def build(model: nn.Module, workload: Workload) -> Step:
-        _attend(model, "causal", _causal)
+        attend_causally(model)
         options = {"sp": workload.sp, "zero": stage}
         return ordinary_step(torch.compile(model, backend="autodist", options=options), adamw(model))
 

@@ -22,7 +22,8 @@ class Workload:
 
     ``batch`` sequences of ``sequence`` tokens a step for every ``sp`` ranks, which share them;
     ``steps`` are measured, after ``WARM_UP_STEPS``; ``threads`` is what one rank computes with;
-    ``kv_heads`` of 0 means as many as ``heads``. ``dtype`` is that of parameters and activations.
+    ``kv_heads`` of 0 means as many as ``heads``. ``dtype`` is that of parameters and activations,
+    ``budget`` what a variant that saves memory is given.
     """
 
     hidden: int = 640
@@ -39,6 +40,7 @@ class Workload:
     threads: int = 1
     device: str = "cpu"
     dtype: str = "float32"
+    budget: float = 0.0
 
     @property
     def step_tokens(self) -> int:

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 import typer
 
-from benchmarks import allocator, compare, report
+from benchmarks import allocator, compare, memory, report
 from benchmarks.launch import RunFailedError, run_once
+from benchmarks.memory_curve import Mark, picture
 from benchmarks.traffic import sent_bytes
 from benchmarks.variants import VARIANTS
 from benchmarks.worker import Measurement
@@ -245,3 +246,43 @@ def test_the_comparison_of_sequences_runs(tmp_path: Path) -> None:
     # torch has no ring for attention on a CPU: the report is complete without it, and says so.
     skipped = any(note.startswith("context-parallel-fsdp2 was skipped:") for note in results["notes"])
     assert skipped is ("context-parallel-fsdp2" not in results["runs"])
+
+
+# --- memory and time -------------------------------------------------------------------------------
+
+
+def point(variant: str, peak: int, second: float, budget: float = 0.0) -> memory.Point:
+    return memory.Point(variant, budget, [run(second, peak=peak)])
+
+
+def test_who_is_fastest_within_a_bound() -> None:
+    others = [point("compile", 100, 1.0), point("checkpoint", 50, 1.3), point("torch-budget", 60, 1.2, 0.4)]
+    names = [memory.fastest_within(bound, others) for bound in (100, 70, 55, 40)]
+    assert [p and p.title for p in names] == ["compile", "torch-budget 0.4", "checkpoint", None]
+
+
+def test_the_curve_is_measured_at_the_others_peaks() -> None:
+    bounds: list[float] = []
+
+    def measured(variant: str, workload: Workload) -> Measurement:
+        if variant != "autodist":
+            return run(peak={"compile": 100, "eager-checkpoint": 60}.get(variant, 80))
+        bounds.append(workload.budget)
+        return run(peak=int(workload.budget) or 100)
+
+    points = memory.curve(measured, Workload(), 2)
+    assert bounds[:6] == [0.0, 100, 80, 60, 50 + 0.85 * 10, 50 + 0.7 * 10]
+    assert all(len(p.runs) == 2 for p in points)
+    text = "\n".join(memory.curve_text(points))
+    assert "| autodist in 0.0 MiB |" in text and "| nothing fits |" in text
+
+
+@pytest.mark.parametrize("limit", [30, 700, 1000, 5000])
+def test_the_longest_is_found_to_a_sixteenth(limit: int) -> None:
+    found = memory.longest(lambda length: length <= limit, 512)
+    assert found <= limit < found + max(found // 16, 1) + 1 or (limit < 32 and found == 0)
+
+
+def test_a_picture_has_a_mark_for_each_point() -> None:
+    marks = [Mark("autodist", 40.0, 1.4), Mark("autodist", 60.0, 1.0), Mark("compile", 60.0, 1.01)]
+    assert picture(marks).count("<circle") == len(marks) + 2

@@ -22,7 +22,9 @@ give each value two vertices, ``A_v`` (it is at hand) and ``R_v`` (it is recompu
 A vertex on the source's side says yes; a cut separates ``A_v`` from ``R_v`` where ``v`` is kept. The value of
 the cut less ``lambda D + mu H`` is a lower bound of the problem (Lagrange). It is concave in the prices, and
 is maximised by cutting planes (Kelley): each choice seen bounds it from above, and the next prices are those
-of the highest point below all these bounds.
+of the highest point below all these bounds. A cut says as much about one budget as about another, so a
+:class:`Solver` that is asked for many budgets makes few cuts for each. A view that is kept by nobody is no
+vertex of its own: who asks for it asks for what it shows.
 
 *From there to the budgets.* Two choices differ in parts of the graph that are independent of each other (as
 many as there are layers, where layers repeat). Beginning with a choice that fits, each part is switched by
@@ -35,20 +37,22 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+from scipy.sparse.csgraph import breadth_first_order, connected_components, maximum_flow
 
 _FEW = 150  # values, up to which the whole problem goes to HiGHS
 _UNITS = 4e8  # what all finite capacities together are scaled to: scipy's flows are 32-bit integers
 _INFINITE = 10**9
 _SECONDS = 10.0  # for HiGHS
 _STEPS = 40  # of the search for the best prices
+_EXACT = 1e-5  # of the bound: where that search ends
+_OTHERS = 8  # choices whose parts are tried
 _ROUNDS = 3  # of switching parts
 
 
@@ -59,6 +63,10 @@ class How(Enum):
     SAVE = "save"
     OFFLOAD = "offload"
     RECOMPUTE = "recompute"
+
+
+_HOW = (How.SAVE, How.OFFLOAD, How.RECOMPUTE, How.NOT_NEEDED)
+_CODES = {how: code for code, how in enumerate(_HOW)}
 
 
 @dataclass(frozen=True)
@@ -101,28 +109,8 @@ class BudgetError(ValueError):
 
 
 def solve(values: Sequence[Value], device: int, host: int = 0) -> Choice:
-    """The choice that adds the fewest seconds with at most so many bytes kept on either side.
-
-    Raises :class:`BudgetError` when there is none, and :class:`ValueError` for a value that is needed and can
-    be neither saved nor recomputed, whatever the budgets are.
-    """
-    _check(values)
-    seen, bound = _priced(values, device, host)
-    tight = _least(values, host)
-    fitting = [c for c in (*seen, tight) if c.device_bytes <= device and c.host_bytes <= host]
-    if not fitting:
-        raise BudgetError(tight.device_bytes, device)
-    found = min(fitting, key=operator.attrgetter("seconds"))
-    for _ in range(_ROUNDS):
-        before = found
-        for other in seen:
-            found = _switched(values, found, other, device, host)
-        if found.seconds >= before.seconds:
-            break
-    found = replace(found, bound=bound)
-    if len(values) <= _FEW and found.gap > 1e-6:
-        found = _exact(values, device, host, found)
-    return found
+    """What :meth:`Solver.solve` says of ``values``."""
+    return Solver(values).solve(device, host)
 
 
 def _check(values: Sequence[Value]) -> None:
@@ -142,54 +130,122 @@ def evaluate(values: Sequence[Value], how: Sequence[How]) -> Choice:
     """
     needed = [v.needed for v in values]
     final = [How.NOT_NEEDED] * len(values)
+    seconds, device, host = 0.0, 0, 0
     for i in reversed(range(len(values))):
         if not needed[i]:
             continue
-        if how[i] is How.NOT_NEEDED:
-            raise ValueError(f"{values[i].name} is needed, and nothing provides it")
-        final[i] = how[i]
-        if how[i] is How.RECOMPUTE:
-            for u in values[i].inputs:
+        v, h = values[i], how[i]
+        final[i] = h
+        if h is How.RECOMPUTE:
+            seconds += v.recompute
+            for u in v.inputs:
                 needed[u] = True
-    seconds = sum(_cost(v, h) for v, h in zip(values, final, strict=True))
-    device = sum(v.num_bytes for v, h in zip(values, final, strict=True) if h is How.SAVE)
-    host = sum(v.num_bytes for v, h in zip(values, final, strict=True) if h is How.OFFLOAD)
+        elif h is How.SAVE:
+            seconds += v.save
+            device += v.num_bytes
+        elif h is How.OFFLOAD:
+            seconds += v.offload
+            host += v.num_bytes
+        else:
+            raise ValueError(f"{v.name} is needed, and nothing provides it")
     return Choice(tuple(final), seconds, device, host)
-
-
-def _cost(value: Value, how: How) -> float:
-    costs = {How.SAVE: value.save, How.OFFLOAD: value.offload, How.RECOMPUTE: value.recompute}
-    return costs.get(how, 0.0)
 
 
 # --- prices ------------------------------------------------------------------------------------------
 
 
-def _priced(values: Sequence[Value], device: int, host: int) -> tuple[list[Choice], float]:
-    """Choices that are best at some prices, those at the best prices first, and the lower bound there."""
-    closed = host <= 0  # no offloading
-    price, price_of_host = 0.0, math.inf if closed else 0.0
-    seen: list[Choice] = []
-    bound, promised = -math.inf, math.inf
-    for _ in range(_STEPS):
-        choice, value = _cut(values, price, price_of_host)
-        bound = max(bound, value - price * device - (0.0 if closed else price_of_host * host))
-        seen.append(choice)
-        free = closed and price == 0.0 and choice.device_bytes <= device
-        if free or promised - bound <= 1e-5 * abs(bound):
-            break
-        if len(seen) == 1:
-            seen.append(_least(values, host))
-        prices, promised = _highest(seen, device, host)
-        price, price_of_host = prices[0], math.inf if closed else prices[1]
-    at_best = sorted(
-        seen,
-        key=lambda c: c.seconds + price * c.device_bytes + (0.0 if closed else price_of_host * c.host_bytes),
-    )
-    return at_best, bound
+@dataclass(frozen=True)
+class _Cut:
+    """The best ``choice`` at these prices; no choice costs less than ``value``, memory paid for."""
+
+    choice: Choice
+    price: float
+    price_of_host: float
+    value: float
+
+    def bound(self, device: int, host: int) -> float:
+        """The seconds that any choice within these budgets adds at the least."""
+        return self.value - self.price * device - (self.price_of_host * host if host > 0 else 0.0)
 
 
-def _highest(seen: Sequence[Choice], device: int, host: int) -> tuple[tuple[float, float], float]:
+class Solver:
+    """Solves the problem of ``values`` for one budget after another; what one has shown the next one knows.
+
+    Raises :class:`ValueError` for a value that is needed and can be neither saved nor recomputed, whatever
+    the budgets are.
+    """
+
+    def __init__(self, values: Sequence[Value]) -> None:
+        _check(values)
+        self.values = values
+        self.network = _Network(values)
+        self.cuts: list[_Cut] = []
+        self.tight: dict[int, Choice] = {}
+
+    def solve(self, device: int, host: int = 0) -> Choice:
+        """The choice that adds the fewest seconds with at most so many bytes kept on either side.
+
+        Raises :class:`BudgetError` when there is none.
+        """
+        host = max(host, 0)
+        tight = self.least(host)
+        if host == 0 and tight.device_bytes > device:
+            raise BudgetError(tight.device_bytes, device)
+        near, bound = self._priced(device, host)
+        fitting = [c for c in near if c.device_bytes <= device and c.host_bytes <= host]
+        if not fitting:
+            raise BudgetError(tight.device_bytes, device)
+        found = min(fitting, key=operator.attrgetter("seconds"))
+        for _ in range(_ROUNDS):
+            before = found
+            for other in near[:_OTHERS]:
+                found = self.network.switched(found, other, device, host)
+            if found.seconds >= before.seconds:
+                break
+        found = replace(found, bound=bound)
+        if len(self.values) <= _FEW and found.gap > 1e-6:
+            found = _exact(self.values, device, host, found)
+        return found
+
+    def least(self, host: int = 0) -> Choice:
+        """The choice that keeps the fewest bytes on the device, whatever that costs.
+
+        With a budget for the host nearly so.
+        """
+        if host not in self.tight:
+            tight = self.network.cut(1.0, math.inf, seconds=0.0).choice
+            if host > 0:
+                offloaded = self.network.cut(1.0, 1e-6, seconds=0.0).choice
+                tight = self.network.switched(tight, offloaded, 0, host)
+            self.tight[host] = tight
+        return self.tight[host]
+
+    def _priced(self, device: int, host: int) -> tuple[list[Choice], float]:
+        """Choices that are best at some prices, those at the best prices first, and the lower bound there."""
+        closed = host == 0  # no offloading
+        price, price_of_host, promised = 0.0, math.inf if closed else 0.0, math.inf
+        known = [c for c in self.cuts if closed == math.isinf(c.price_of_host)]
+        seen = [self.least(host), *(c.choice for c in known)]
+        bound = max((c.bound(device, host) for c in known), default=-math.inf)
+        for step in range(_STEPS):
+            if step or known:
+                price, price_of_host, promised = _highest(seen, device, host)
+                if promised - bound <= _EXACT * abs(bound):
+                    break
+            cut = self.network.cut(price, price_of_host)
+            bound = max(bound, cut.bound(device, host))
+            self.cuts.append(cut)
+            if step and cut.choice in seen:
+                break  # as good as rounded capacities tell
+            seen.append(cut.choice)
+        paid = 0.0 if closed else price_of_host
+        near = sorted(
+            dict.fromkeys(seen), key=lambda c: c.seconds + price * c.device_bytes + paid * c.host_bytes
+        )
+        return near, bound
+
+
+def _highest(seen: Sequence[Choice], device: int, host: int) -> tuple[float, float, float]:
     """The prices at which the bounds that the choices ``seen`` set are highest, and how high that is."""
     second = max(c.seconds for c in seen) or 1.0
     byte = float(max(1, *(c.device_bytes for c in seen), *(c.host_bytes for c in seen)))
@@ -198,134 +254,147 @@ def _highest(seen: Sequence[Choice], device: int, host: int) -> tuple[tuple[floa
         [device / byte, host / byte, -1.0],
         A_ub=rows,
         b_ub=[c.seconds / second for c in seen],
-        bounds=[(0, 1e6), (0, 1e6), (None, None)],
+        bounds=[(0, 1e6), (0, 1e6) if host > 0 else (0, 0), (None, None)],
     )
     price, price_of_host, _ = found.x
-    return (price * second / byte, price_of_host * second / byte), -found.fun * second
+    on_host = price_of_host * second / byte if host > 0 else math.inf
+    return price * second / byte, on_host, -found.fun * second
 
 
-def _least(values: Sequence[Value], host: int) -> Choice:
-    """The choice that keeps the fewest bytes on the device, whatever that costs."""
-    tight, _ = _cut(values, 1.0, math.inf, seconds=0.0)
-    if host > 0:
-        offloaded, _ = _cut(values, 1.0, 1e-6, seconds=0.0)
-        tight = _switched(values, tight, offloaded, 0, host)
-    return tight
+class _Network:
+    """The graph whose cuts are choices; prices change its capacities alone."""
 
+    def __init__(self, values: Sequence[Value]) -> None:
+        self.values = values
+        self.sizes, self.save, self.offload, self.again = (
+            np.array([getattr(v, what) for v in values], dtype=float)
+            for what in ("num_bytes", "save", "offload", "recompute")
+        )
+        seen_through, inputs, needed = self._seen_through()
+        self.own = np.array([i for i in range(len(values)) if i not in seen_through], dtype=int)
+        place = {i: k for k, i in enumerate(self.own)}
+        self.needed = np.array([place[i] for i in self.own if needed[i]], dtype=int)
+        self.readers = np.array([place[i] for i in self.own for _ in inputs[i]], dtype=int)
+        self.read = np.array([place[u] for i in self.own for u in inputs[i]], dtype=int)
+        edges = [(i, u) for i, v in enumerate(values) for u in v.inputs]
+        self.edges = np.array(edges, dtype=int).reshape(-1, 2)
 
-def _cut(
-    values: Sequence[Value], price: float, price_of_host: float, seconds: float = 1.0
-) -> tuple[Choice, float]:
-    """The best choice at these prices, and what it costs with what is paid for memory, less what rounding may
-    have cost: no choice costs less.
+    def _seen_through(self) -> tuple[set[int], list[tuple[int, ...]], list[bool]]:
+        """Values that cost nothing to make from one other and are kept nowhere; and the inputs of all, and
+        whether they are needed, without these."""
+        stands_for = list(range(len(self.values)))
+        needed, inputs = [False] * len(self.values), []
+        for i, v in enumerate(self.values):
+            if len(set(v.inputs)) == 1 and v.recompute == 0.0 and math.isinf(v.save):
+                stands_for[i] = stands_for[v.inputs[0]]
+            inputs.append(tuple({stands_for[u] for u in v.inputs}))
+            needed[stands_for[i]] |= v.needed
+        return {i for i, j in enumerate(stands_for) if i != j}, inputs, needed
 
-    ``seconds`` is what a second costs.
-    """
-    sizes = np.array([v.num_bytes for v in values], dtype=float)
-    with np.errstate(invalid="ignore"):
-        paid = np.where(sizes > 0, price_of_host * sizes, 0.0)
-    saving = _times(np.array([v.save for v in values]), seconds) + price * sizes
-    offloading = _times(np.array([v.offload for v in values]), seconds) + paid
-    again = _times(np.array([v.recompute for v in values]), seconds)
-    at_hand, anew, unsure = _side_of_source(values, np.minimum(saving, offloading), again)
-    kept = [How.SAVE if s <= o else How.OFFLOAD for s, o in zip(saving, offloading, strict=True)]
-    how = [
-        How.NOT_NEEDED if not a else How.RECOMPUTE if r else k
-        for a, r, k in zip(at_hand, anew, kept, strict=True)
-    ]
-    choice = evaluate(values, how)
-    total = seconds * choice.seconds + price * choice.device_bytes
-    return choice, total + (price_of_host * choice.host_bytes if choice.host_bytes else 0.0) - unsure
+    def cut(self, price: float, price_of_host: float, seconds: float = 1.0) -> _Cut:
+        """The best choice at these prices; the value is what it costs, less what rounding may have cost.
+
+        ``seconds`` is what a second costs.
+        """
+        with np.errstate(invalid="ignore"):
+            paid = np.where(self.sizes > 0, price_of_host * self.sizes, 0.0)
+        saving = _times(self.save, seconds) + price * self.sizes
+        offloading = _times(self.offload, seconds) + paid
+        keeping, again = np.minimum(saving, offloading), _times(self.again, seconds)
+        side, unsure = self._side_of_source(keeping[self.own], again[self.own])
+        anew = np.ones(len(self.values), dtype=bool)
+        anew[self.own] = side
+        kept = np.where(saving <= offloading, _CODES[How.SAVE], _CODES[How.OFFLOAD])
+        how = np.where(anew, _CODES[How.RECOMPUTE], kept)
+        choice = evaluate(self.values, [_HOW[h] for h in how])
+        total = seconds * choice.seconds + price * choice.device_bytes
+        total += price_of_host * choice.host_bytes if choice.host_bytes else 0.0
+        return _Cut(choice, price, price_of_host, total - unsure)
+
+    def _side_of_source(self, keeping: np.ndarray, again: np.ndarray) -> tuple[np.ndarray, float]:
+        """For each value of its own whether ``R_v`` is on the source's side of a minimum cut; and by how much
+        the cut may exceed the minimum, because capacities are rounded."""
+        n = len(self.own)
+        source, sink = 2 * n, 2 * n + 1
+        finite = keeping[np.isfinite(keeping)].sum() + again[np.isfinite(again)].sum()
+        scale = _UNITS / finite if finite > 0 else 0.0
+
+        def units(costs: np.ndarray) -> np.ndarray:
+            scaled = np.round(_times(costs, scale))
+            return np.where(np.isfinite(scaled), scaled, _INFINITE)
+
+        every = np.arange(n)
+        tails = np.concatenate([np.full(len(self.needed), source), every, n + every, n + self.readers])
+        heads = np.concatenate([self.needed, n + every, np.full(n, sink), self.read])
+        endless = [np.full(len(self.needed), _INFINITE), np.full(len(self.readers), _INFINITE)]
+        capacities = np.concatenate([endless[0], units(keeping), units(again), endless[1]])
+        graph = csr_array((capacities.astype(np.int32), (tails, heads)), shape=(2 * n + 2, 2 * n + 2))
+        flow = maximum_flow(graph, source, sink).flow
+        residual = csr_array(graph - flow)
+        residual.eliminate_zeros()
+        reached = breadth_first_order(residual, source, return_predecessors=False)
+        side = np.zeros(2 * n + 2, dtype=bool)
+        side[reached] = True
+        scaled = scale * np.concatenate([c[np.isfinite(c)] for c in (keeping, again)])
+        rounded = float(np.abs(scaled - np.round(scaled)).sum())
+        return side[n : 2 * n], rounded / scale if scale else 0.0
+
+    # --- from prices to budgets ----------------------------------------------------------------------
+
+    def switched(self, choice: Choice, other: Choice, device: int, host: int) -> Choice:
+        """``choice`` with independent parts of it as in ``other``: those that fit and save time.
+
+        A choice that does not fit the device is brought as near to it as the host has room.
+        """
+        now, then = (np.array([_CODES[h] for h in c.how]) for c in (choice, other))
+        count, part = self._parts(now != then)
+        if not count:
+            return choice
+        apart = np.flatnonzero(now != then)
+        label = part[apart]
+
+        def more(amount: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+            return np.bincount(label, (amount(then) - amount(now))[apart], count)
+
+        seconds = more(self._seconds)
+        on_device = more(lambda how: np.where(how == _CODES[How.SAVE], self.sizes, 0))
+        on_host = more(lambda how: np.where(how == _CODES[How.OFFLOAD], self.sizes, 0))
+        device_bytes, host_bytes, taken = choice.device_bytes, choice.host_bytes, np.zeros(count, dtype=bool)
+        for i in np.argsort(seconds / np.maximum(np.abs(on_device), 1), kind="stable"):
+            nearer = device_bytes > device and on_device[i] < 0
+            fits = seconds[i] < 0 and device_bytes + on_device[i] <= device
+            if host_bytes + on_host[i] <= host and (nearer or fits):
+                device_bytes, host_bytes = device_bytes + on_device[i], host_bytes + on_host[i]
+                taken[i] = True
+        if not taken.any():
+            return choice
+        now[apart[taken[label]]] = then[apart[taken[label]]]
+        return evaluate(self.values, [_HOW[h] for h in now])
+
+    def _seconds(self, how: np.ndarray) -> np.ndarray:
+        costs = np.stack([self.save, self.offload, self.again, np.zeros_like(self.save)])
+        return costs[how, np.arange(len(how))]
+
+    def _parts(self, differ: np.ndarray) -> tuple[int, np.ndarray]:
+        """How many parts the values are of that ``differ``, those together that depend on each other, and the
+        part of each."""
+        apart = np.flatnonzero(differ)
+        place = np.full(len(differ), -1)
+        place[apart] = np.arange(len(apart))
+        both = self.edges[differ[self.edges].all(axis=1)] if len(self.edges) else self.edges
+        tails, heads = place[both[:, 0]], place[both[:, 1]]
+        joined = csr_array((np.ones(len(tails)), (tails, heads)), shape=(len(apart), len(apart)))
+        count, label = connected_components(joined, directed=False) if len(apart) else (0, apart)
+        part = np.full(len(differ), -1)
+        part[apart] = label
+        return count, part
 
 
 def _times(costs: np.ndarray, factor: float) -> np.ndarray:
     return np.where(np.isfinite(costs), costs, 0.0) * factor + np.where(np.isfinite(costs), 0.0, math.inf)
 
 
-def _side_of_source(
-    values: Sequence[Value], keeping: np.ndarray, again: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """For each value whether ``A_v``, and whether ``R_v``, is on the source's side of a minimum cut; and by
-    how much the cut may exceed the minimum, because capacities are rounded."""
-    n = len(values)
-    source, sink = 2 * n, 2 * n + 1
-    finite = keeping[np.isfinite(keeping)].sum() + again[np.isfinite(again)].sum()
-    scale = _UNITS / finite if finite > 0 else 0.0
-
-    def units(costs: np.ndarray) -> np.ndarray:
-        scaled = np.round(_times(costs, scale))
-        return np.where(np.isfinite(scaled), scaled, _INFINITE).astype(np.int32)
-
-    every = np.arange(n)
-    needed = np.array([i for i, v in enumerate(values) if v.needed], dtype=int)
-    readers = np.array([i for i, v in enumerate(values) for _ in set(v.inputs)], dtype=int)
-    read = np.array([u for v in values for u in set(v.inputs)], dtype=int)
-    tails = np.concatenate([np.full(len(needed), source), every, n + every, n + readers])
-    heads = np.concatenate([needed, n + every, np.full(n, sink), read])
-    endless = [np.full(len(needed), _INFINITE), np.full(len(readers), _INFINITE)]
-    capacities = np.concatenate([endless[0], units(keeping), units(again), endless[1]])
-    size = (2 * n + 2, 2 * n + 2)
-    graph = csr_array((capacities.astype(np.int32), (tails, heads)), shape=size)
-    flow = maximum_flow(graph, source, sink).flow
-    residual = csr_array(graph - flow)
-    residual.eliminate_zeros()
-    reached = breadth_first_order(residual, source, return_predecessors=False)
-    side = np.zeros(2 * n + 2, dtype=bool)
-    side[reached] = True
-    scaled = scale * np.concatenate([c[np.isfinite(c)] for c in (keeping, again)])
-    rounded = float(np.abs(scaled - np.round(scaled)).sum())
-    return side[:n], side[n : 2 * n], rounded / scale if scale else 0.0
-
-
-# --- from prices to budgets --------------------------------------------------------------------------
-
-
-def _switched(values: Sequence[Value], choice: Choice, other: Choice, device: int, host: int) -> Choice:
-    """``choice`` with independent parts of it as in ``other``: those that fit and save time, the most first.
-
-    A choice that does not fit the device is brought as near to it as the host has room.
-    """
-    changes = []
-    for part in _parts(values, choice, other):
-        seconds = sum(_cost(values[i], other.how[i]) - _cost(values[i], choice.how[i]) for i in part)
-        changes.append((seconds, _more(values, choice, other, part, How.SAVE), part))
-    device_bytes, host_bytes, how = choice.device_bytes, choice.host_bytes, list(choice.how)
-    for seconds, more, part in sorted(changes, key=lambda c: c[0] / max(abs(c[1]), 1)):
-        hosted = host_bytes + _more(values, choice, other, part, How.OFFLOAD)
-        nearer = device_bytes > device and more < 0
-        if hosted > host or not (nearer or (seconds < 0 and device_bytes + more <= device)):
-            continue
-        device_bytes, host_bytes = device_bytes + more, hosted
-        for i in part:
-            how[i] = other.how[i]
-    return evaluate(values, how)
-
-
-def _more(values: Sequence[Value], choice: Choice, other: Choice, part: Sequence[int], kind: How) -> int:
-    """Bytes of ``kind`` that the values of a part keep in the other choice, less those that they keep now."""
-    then = sum(values[i].num_bytes for i in part if other.how[i] is kind)
-    return then - sum(values[i].num_bytes for i in part if choice.how[i] is kind)
-
-
-def _parts(values: Sequence[Value], one: Choice, other: Choice) -> list[list[int]]:
-    """Values that two choices treat differently, those together that depend on each other."""
-    differ = {i for i in range(len(values)) if one.how[i] is not other.how[i]}
-    root = {i: i for i in differ}
-
-    def find(i: int) -> int:
-        while root[i] != i:
-            root[i] = root[root[i]]
-            i = root[i]
-        return i
-
-    for i in differ:
-        for u in values[i].inputs:
-            if u in differ:
-                root[find(i)] = find(u)
-    parts: dict[int, list[int]] = {}
-    for i in sorted(differ):
-        parts.setdefault(find(i), []).append(i)
-    return list(parts.values())
+# --- few values --------------------------------------------------------------------------------------
 
 
 def _exact(values: Sequence[Value], device: int, host: int, known: Choice) -> Choice:
@@ -371,4 +440,4 @@ def _exact(values: Sequence[Value], device: int, host: int, known: Choice) -> Ch
     return replace(better if fits and better.seconds <= known.seconds else known, bound=bound)
 
 
-__all__ = ["BudgetError", "Choice", "How", "Value", "evaluate", "solve"]
+__all__ = ["BudgetError", "Choice", "How", "Solver", "Value", "evaluate", "solve"]
