@@ -72,7 +72,8 @@ _IN_PIECES = (
     'outputs="gathered" or outputs="sharded" in the plan.'
 )
 ELSEWHERE = (
-    "lies on the ranks of another pipeline stage, and the plan does not send it (it can be the largest tensor "
+    "lies on the ranks of another pipeline stage, and the plan does not send it (it can be the largest "
+    "tensor "
     'of a step). Compute the loss inside the compiled model, or set outputs="gathered" in the plan.'
 )
 _IN_TILES = (
