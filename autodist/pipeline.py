@@ -45,9 +45,9 @@ from autodist.passes.analysis.chain import Inputs
 from autodist.passes.analysis.microbatches import Microbatch, microbatch
 from autodist.passes.analysis.stages import Setting, StageError, StagePlan, partition, priced
 from autodist.passes.base import Phase, run_passes
-from autodist.passes.capture import Core, core_of
+from autodist.passes.capture import RETURNED, Core, core_of
 from autodist.passes.graph import insert, output_of
-from autodist.passes.sequence_parallel import POLICIES, RETURNED, SHARDED_OUTPUTS
+from autodist.passes.sequence_parallel import POLICIES, SHARDED_OUTPUTS
 from autodist.passes.stages import StageGraph, cut
 from autodist.passes.writes import RefuseWeightWrites
 from autodist.plan import PlanError

@@ -73,8 +73,7 @@ _IN_PIECES = (
 )
 ELSEWHERE = (
     "lies on the ranks of another pipeline stage, and the plan does not send it (it can be the largest "
-    "tensor "
-    'of a step). Compute the loss inside the compiled model, or set outputs="gathered" in the plan.'
+    'tensor of a step). Compute the loss inside the compiled model, or set outputs="gathered" in the plan.'
 )
 _IN_TILES = (
     "was not made: the plan's memory has no room for it, and the loss is made of one piece of it at a time. "
