@@ -59,7 +59,7 @@ from autodist.runtime.parameters import parameter_name
 from autodist.runtime.pipeline import Executor, Outcome, Recorder
 from autodist.runtime.schedules import Action, Schedule, Span, Step, schedule, timeline
 from autodist.runtime.stage_parameters import StageGradientError, is_here, not_differentiable, owners
-from autodist.stage_program import BoundStage, CompiledStage, compile_stage, reads_of
+from autodist.stage_program import BoundStage, CompiledStage, Reads, compile_stage, reads_of
 
 _PER_RANK = 4  # microbatches for each rank of a pipeline, where the plan does not say: a bubble of a fifth
 _RECORDED = 3  # which run of a program is recorded: the first ones warm up
@@ -694,15 +694,17 @@ def _compile(owner: Pipeline, values: Sequence[Any]) -> _Compiled:
         _explain(found.plan)
     reads = reads_of(job.stage)
     splits = found.schedule.kind == "zero-bubble"
+    mine = {n: found.stages[n] for n in found.schedule.stages_of(job.place)}
+    held = {n: _held(owner, stage, reads) for n, stage in mine.items()}
     stages = []
-    for number in found.schedule.stages_of(job.place):
-        stage_run = _compilation(job, found.policies)
-        mine = [owner.parameters[n] for n in found.stages[number].parameters]
-        stage_run.resident = sum(3 * compat.local_part(p).nbytes for p in mine if p.requires_grad)
+    for number, stage in mine.items():
+        resident, weights = held[number]
+        others = sum(map(sum, held.values())) - resident - weights
+        one = _one_microbatch(job, number, resident + weights, others, found.schedule)
+        stage_run = _compilation(job, found.policies, one)
+        stage_run.resident = resident
         stages.append(
-            compile_stage(
-                found.stages[number], number, stage_run, owner.parameters, reads, program.trains, splits
-            )
+            compile_stage(stage, number, stage_run, owner.parameters, reads, program.trains, splits)
         )
     write_pipeline(job, run.report.number, found.plan, {"planned": planned(found.plan, found.schedule)})
     executor = Executor(found.schedule, job.place, compat.process_group(owner.group), job.device, job.monitor)
@@ -727,10 +729,35 @@ def planned(plan: StagePlan, order: Schedule) -> list[list[Span]]:
     return timeline(order.lists, seconds)
 
 
-def _compilation(job: Job, policies: Mapping[int, Any] | None = None) -> Compilation:
+def _held(owner: Pipeline, stage: StageGraph, reads: Reads) -> tuple[int, int]:
+    """Bytes that a stage holds all the time: of gradients and Adam's moments, and of parameters."""
+    mine = [owner.parameters[n] for n in stage.parameters]
+    local = {n: compat.local_part(p).nbytes for n, p in enumerate(mine)}
+    whole = {n: p.numel() * p.element_size() for n, p in enumerate(mine)}
+    given = local if reads.in_program else whole
+    trained = [n for n, p in enumerate(mine) if p.requires_grad]
+    return sum(2 * local[n] + given[n] for n in trained), sum(given.values())
+
+
+def _one_microbatch(job: Job, stage: int, held: int, others: int, order: Schedule) -> Job:
+    """The job of a stage, its memory that of one microbatch of those in flight: what all of them may take in
+    equal parts, beside what this stage and ``others`` of the rank hold. Nothing is offloaded: what a
+    microbatch leaves on the host would be there as often as there are microbatches."""
+    if job.memory_bytes is None:
+        return job.stage
+    each = max(0, job.memory_bytes - held - others) // max(1, order.in_flight_of_rank(job.place))
+    plan = dataclasses.replace(job.plan, memory=max(1, held + each), host_memory=0)
+    label = f"{job.stage.label}, stage {stage}, {order.kind} of {order.num_microbatches}"
+    made = dataclasses.replace(job.stage, plan=plan, label=label, agreed=set(), led={})
+    made.__dict__["monitor"] = job.monitor
+    return made
+
+
+def _compilation(job: Job, policies: Mapping[int, Any] | None = None, of: Job | None = None) -> Compilation:
+    """``of`` is the job of a stage, by default that of all stages at this rank's place."""
     report = GraphReport(job.next_graph(), job.hardware.stages_collectives)
     job.reports.append(report)
-    return Compilation(job.stage, {}, report, 0, "", policies or {})
+    return Compilation(of or job.stage, {}, report, 0, "", policies or {})
 
 
 def _explain(plan: StagePlan) -> None:
@@ -747,6 +774,15 @@ def pipelined(graph: GraphModule, inputs: Sequence[Any], job: Job) -> Callable[.
     """What runs in place of a captured program of a model that has been sharded by stages."""
     _refuse_breaks()
     names = {i: n for i, n in enumerate(map(parameter_name, inputs)) if n is not None}
+    lost = [x for i, x in enumerate(inputs) if isinstance(x, DTensor) and i not in names]
+    if lost:
+        raise PipelineError(
+            f"a parameter of shape {tuple(lost[0].shape)} was copied or converted (Module.to, deepcopy) "
+            "after its "
+            "model had been sharded, and does not know its stage any more. Convert and copy models before "
+            "they "
+            "are compiled or prepared."
+        )
     return Pipeline(captured(graph, inputs, names, job), job, {names[i]: inputs[i] for i in names})
 
 

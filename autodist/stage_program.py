@@ -96,22 +96,25 @@ class BoundStage:
     def backward(
         self, saved: list[Any], gradients: list[Tensor | None]
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        assert self.stage.backward is not None
-        made = self.stage.backward([*saved, *self._tangents(gradients)])
         trained = len(self.stage.trained)
+        if self.stage.backward is None:
+            return [None] * len(self.stage.graph.received), [None] * trained
+        made = self.stage.backward([*saved, *self._tangents(gradients)])
         return self._of_received(made[trained:]), made[:trained]
 
     def backward_input(
         self, saved: list[Any], gradients: list[Tensor | None]
     ) -> tuple[Sequence[Tensor | None], list[Any]]:
-        assert self.stage.backward_input is not None
+        if self.stage.backward_input is None:
+            return [None] * len(self.stage.graph.received), []
         given = [*saved, *self._tangents(gradients)]
         count = sum(p.gradient for p in self.stage.graph.received)
         made = list(self.stage.backward_input(list(given)))
         return self._of_received(made[:count]), [*given, *made[count:]]
 
     def backward_weight(self, kept: list[Any]) -> Sequence[Tensor | None]:
-        assert self.stage.backward_weight is not None
+        if self.stage.backward_weight is None:
+            return [None] * len(self.stage.trained)
         return self.stage.backward_weight(kept)
 
     def _tangents(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -174,27 +177,21 @@ def compile_stage(
         weights = [reads.weight(p, x) for p, x in zip(mine, inputs, strict=False)]
         return Interpreter(stage.graph).run(*weights, *inputs[count:])  # type: ignore[no-any-return]
 
-    if not trains:
-        graph = _described(compat.trace_plain(program, examples), count)
-        graph = run.transform(graph, Phase.JOINT)
-        text = run.program_text(graph)
-        part = run.transform(graph, Phase.FORWARD_PART)
-        run.finish({"forward": part}, text)
-        return CompiledStage(index, stage, _lowered("forward", part, run), draws=draws)
-
-    trained = tuple(i for i, p in enumerate(mine) if p.requires_grad)
-    leaves = [*trained, *(count + i for i, p in enumerate(stage.received) if p.gradient)]
+    trained = tuple(i for i, p in enumerate(mine) if trains and p.requires_grad)
+    received = [count + i for i, p in enumerate(stage.received) if trains and p.gradient]
+    leaves = [*trained, *received]
     results = len(stage.results)
     sent = [results + i for i, p in enumerate(stage.sent) if p.gradient]
     loss = [] if stage.loss is None else [stage.loss]
-    tangents = [placeholder_like(n) for n in _outputs(stage.graph, [*loss, *sent])]
-    if not leaves or not (loss or sent):
-        raise StageProgramError(
-            f"stage {index} has nothing to train: no parameter of it takes a gradient, or the loss depends "
-            "on none of "
-            "what it makes. Use fewer stages, or cut elsewhere (plan field 'cuts')."
-        )
-    joint = compat.trace_joint(program, examples, leaves, tangents, [*loss, *sent])
+    if not leaves or not (loss or sent):  # nothing in the stage is trained, or nothing of it by this loss
+        graph = run.transform(_described(compat.trace_plain(program, examples), count), Phase.JOINT)
+        text = run.program_text(graph)
+        part = run.transform(graph, Phase.FORWARD_PART)
+        run.finish({"forward": part}, text)
+        return CompiledStage(index, stage, _lowered("forward", part, run), trained=trained, draws=draws)
+
+    tangents = [_like(n) for n in _outputs(stage.graph, [*loss, *sent])]
+    joint = compat.trace_joint(program, examples, leaves, tangents, [*loss, *sent], zeros=False)
     joint.graph.eliminate_dead_code()
     fill_values(joint)
     joint = run.transform(_described(joint, count), Phase.JOINT)
@@ -217,11 +214,7 @@ def compile_stage(
     return CompiledStage(index, stage, trained=trained, draws=draws, **lowered)
 
 
-class StageProgramError(ValueError):
-    """A stage that cannot be trained as it was cut."""
-
-
-def placeholder_like(node: Node) -> Tensor:
+def _like(node: Node) -> Tensor:
     value = node.meta["val"]
     with compat.fake_mode_of([value]) or contextlib.nullcontext():
         return torch.empty(value.shape, dtype=value.dtype, device=value.device)
@@ -311,4 +304,4 @@ def reads_of(job: Job) -> Reads:
     return Reads(job.group, job.plan.dp, in_program)
 
 
-__all__ = ["BoundStage", "CompiledStage", "Reads", "StageProgramError", "compile_stage", "reads_of"]
+__all__ = ["BoundStage", "CompiledStage", "Reads", "compile_stage", "reads_of"]

@@ -264,12 +264,13 @@ def trace_joint(
     leaves: Sequence[int],
     tangents: Sequence[torch.Tensor],
     losses: Sequence[int] = (0,),
+    zeros: bool = True,
 ) -> torch.fx.GraphModule:
     """Forward and backward of ``function`` as one functional graph of (primals, tangents).
 
     It returns what ``function(*primals)`` does, then the gradients of the results ``losses``, given
-    theirs, with respect to the primals ``leaves``. Operators are those that Inductor takes, but that random
-    ones are left whole: taken apart they draw other numbers.
+    theirs, with respect to the primals ``leaves``: where there is none, ``zeros`` or None. Operators are
+    those that Inductor takes, but that random ones are left whole: taken apart they draw other numbers.
     """
     import torch.fx.traceback
     from torch._inductor.decomposition import select_decomp_table
@@ -281,7 +282,7 @@ def trace_joint(
         results = function(*own)
         wanted = [own[i] for i in leaves]
         of = [results[i] for i in losses]
-        found = torch.autograd.grad(of, wanted, tangents, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(of, wanted, tangents, allow_unused=True, materialize_grads=zeros)
         return [*(r.detach() if isinstance(r, torch.Tensor) else r for r in results), *found]
 
     functional = dispatch_functionalize(differentiated, FunctionalTensorMode())

@@ -98,8 +98,16 @@ def unshard(parameter: Tensor, divisor: int | None = None) -> Tensor:
 def _read_of_stage(parameter: DTensor) -> Tensor:
     """A pipeline's weight: gathered by the ranks that hold it, and sent to the others."""
     name = parameter_name(parameter)
-    if name is None:  # in a graph being captured: a stand-in, as the pipeline has its own reads
-        return parameter.to_local().new_empty(parameter.shape) + parameter.to_local().sum()
+    local = parameter.to_local()
+    if isinstance(local, compat.FakeTensor):  # in a graph being captured: the pipeline has its own reads
+        return local.new_empty(parameter.shape) + local.sum()
+    if name is None:
+        raise stage_parameters.StageGradientError(
+            "a parameter of a pipeline was copied or converted (Module.to, deepcopy) after its model had "
+            "been "
+            "sharded, and does not know its stage any more. Convert and copy models before they are compiled "
+            "or prepared."
+        )
     job = parameter._autodist_job
     pipeline = compat.mesh_group_name(job.pipeline)
     with contextlib.nullcontext() if job.monitor is None else job.monitor.guard(f"a read of '{name}'"):

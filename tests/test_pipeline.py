@@ -410,3 +410,42 @@ def test_what_is_added_to_a_mean_counts_once() -> None:
     run_ranks(regularised, 2)
 
 
+
+
+class Partly(nn.Module):
+    """The first layers are frozen, a weight is used by what is not the loss, and one by nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(6)])
+        self.beside, self.unused = nn.Linear(6, 2), nn.Linear(3, 3)
+        for layer in self.layers[:4]:
+            layer.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.beside(x), x.square().mean()
+
+
+def partly() -> None:
+    for schedule in ("1f1b", "zero-bubble"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Partly()
+        reference = copy.deepcopy(model)
+        x = torch.randn(8, 6)
+        options = {**EAGER, "pp": 2, "schedule": schedule, "outputs": "gathered"}
+        shown, loss = torch.compile(model, backend="autodist", options=options)(x)
+        loss.backward()
+        wanted_shown, wanted = reference(x)
+        wanted.backward()
+        assert error(loss, wanted) < TOLERANCE and error(shown, wanted_shown) < TOLERANCE
+        check(model, reference, "gradient")
+        with pytest.raises(StageGradientError):
+            shown.sum().backward()
+
+
+@pytest.mark.distributed
+def test_frozen_stages_and_unused_weights() -> None:
+    run_ranks(partly, 2)
