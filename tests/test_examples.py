@@ -123,3 +123,25 @@ def test_a_captured_step_trains_stops_and_goes_on(tmp_path: Path) -> None:
     assert abs(float(found) - float(wanted)) < 1e-3 and "after 11 steps" in after, after
     # As after ten steps of the schedule and one more, not as after the first.
     assert "learning rate 1.8e-03" in after, after
+
+
+def run_pipeline(ranks: int, *arguments: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["examples/pipeline.py", "--lowering", "eager", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.distributed
+def test_a_pipeline_trains_and_goes_on_as_something_else(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    before = run_pipeline(2, "--steps", "6", "--save", folder)
+    first, last = (float(loss) for loss in re.findall(r"step +\d+ of 6   loss (\S+) ", before))
+    assert last < first - 1, before
+    held = [float(h) for h in re.findall(r"held by the ranks: (\S+), (\S+) MiB", before)[0]]
+    after = run_pipeline(1, "--steps", "1", "--pp", "1", "--resume", folder)
+    [now] = [float(loss) for loss in re.findall(r"step +7 of 7   loss (\S+) ", after)]
+    assert abs(now - last) < 0.5, (before, after)
+    [whole] = [float(h) for h in re.findall(r"held by the ranks: (\S+) MiB", after)]
+    assert max(held) < 0.7 * whole

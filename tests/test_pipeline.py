@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import autodist
+from autodist.passes.analysis.stages import StagePlan
 from autodist.runtime.parameters import plain_tensor
 from autodist.runtime.stage_parameters import StageGradientError, is_here, owners
 from tests.models import CASES, Output
@@ -317,6 +320,38 @@ def verified() -> list[bool]:
 @pytest.mark.distributed
 def test_verify() -> None:
     assert run_ranks(verified, 2) == [[True, False]] * 2
+
+
+# --- what is shown ---------------------------------------------------------------------------------------
+
+
+def test_the_stages_are_shown(tmp_path: Path) -> None:
+    """Without a cluster, for more ranks than there are: the map, and the schedule as planned."""
+    from rich.console import Console
+
+    from autodist.dry_run import dry_run, token_batch
+    from autodist.inspect import find_artifacts, show
+
+    plan = autodist.Plan(pp=2, sp=2, hardware="h100-80g")
+    job = dry_run(CASES["llama_tied"].build, lambda: token_batch(8, 16), plan, 64, tmp_path)
+    assert job.plan.dp == 16 and job.cut is not None
+    [folder] = (tmp_path / "rank0").glob("pipeline*")
+    found = StagePlan.from_json((folder / "stages.json").read_text())
+    assert len(found.stages) == 2 and found.cuts == job.cut.cuts
+    assert (folder / "schedule.svg").read_text().startswith("<svg")
+    graphs = find_artifacts(tmp_path)
+    console = Console(width=200, record=True, file=io.StringIO())
+    show(console, graphs, graphs[0], None)
+    text = console.export_text()
+    assert f"at '{found.cuts[0]}'" in text and "the slowest stage takes" in text
+    # A person may edit the cuts, and the plan names the file.
+    edited = tmp_path / "cuts.json"
+    edited.write_text(json.dumps({"cuts": ["nowhere"]}))
+    with pytest.raises(autodist.StageError, match="no such node"):
+        dry_run(
+            CASES["llama_tied"].build, lambda: token_batch(8, 16),
+            autodist.Plan(pp=2, cuts=str(edited)), 2, None,
+        )  # fmt: skip
 
 
 # --- what is refused -----------------------------------------------------------------------------------
