@@ -147,10 +147,8 @@ class _Propagation(Propagation):
         """Raise for the node at hand; where it depends on the batch alone only if told ``always``."""
         error = PlacementError(
             f"node '{self.node.name}' ({where(self.node)}): {self.node.target} {what}, so the batch cannot "
-            "be "
-            f"made in {self.rows.size} microbatches of {self.rows.rows} rows. Use operators that treat "
-            "every row "
-            "by itself, microbatches=1, or a plan without pp."
+            f"be made in {self.rows.size} microbatches of {self.rows.rows} rows. Use operators that treat "
+            "every row by itself, microbatches=1, or a plan without pp."
         )
         if always or any(n in self.from_weights for n in self.node.all_input_nodes):
             raise error
@@ -357,6 +355,7 @@ def _resolved(
         assert request.shard is None  # refused where it was asked for
         partial.add(part)
         asked.replace_all_uses_with(part)
+        outputs = [part if o is asked else o for o in outputs]
         from_weights |= _depend_on(traced, {part.name})
     output.args = (outputs,)
     _Linear(traced, count, partial).check()

@@ -617,6 +617,18 @@ def _aligned(p: Propagation, value: Value, shard: Shard, ndim: int) -> Tensor:
     return p.to(value, shard.at(dim)).tensor
 
 
+@rule("broadcast_tensors")
+def broadcast(p: Propagation, target: Any, args: Any, kwargs: Any) -> Any:
+    """All operands in one shape: what losses do first."""
+    ndim = len(p.shape)
+    widest = max((v for v in args[0] if v.sharded), key=lambda v: len(v.shape))
+    shard = widest.shard.at(widest.shard.dim + ndim - len(widest.shape))
+    if not compat.known_equal(p.shape[shard.dim], shard.outer * shard.length):
+        return None
+    local = [s if d != shard.dim else shard.local for d, s in enumerate(p.shape)]
+    return p.result([_aligned(p, v, shard, ndim).expand(local) for v in args[0]], shard)
+
+
 # Shapes.
 
 
