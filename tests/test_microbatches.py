@@ -15,7 +15,7 @@ from autodist.passes.analysis.microbatches import Microbatch, microbatch
 from autodist.passes.analysis.placement import PlacementError
 from autodist.passes.capture import core_of
 
-ROWS, LENGTH, WIDTH, CLASSES = 6, 5, 8, 7
+ROWS, LENGTH, WIDTH, CLASSES = 7, 5, 8, 9
 
 
 class Tokens(nn.Module):
@@ -73,6 +73,12 @@ def masked(model: Tokens, x: Tensor, y: Tensor) -> Tensor:
     return (each * keep).sum() / keep.sum().clamp(min=1)
 
 
+def standardised(model: Tokens, x: Tensor, y: Tensor) -> Tensor:
+    """By statistics of the batch's own inputs, which are known before the first microbatch."""
+    y = y.float()
+    return (model(x) * ((y - y.mean(0)) / (y.std(0) + 1))[..., None]).mean()
+
+
 def two_terms(model: Tokens, x: Tensor, y: Tensor) -> Tensor:
     logits = model(x)
     return torch.stack([cross_entropy(logits, y), logits.square().mean() - 1]).sum()
@@ -95,6 +101,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "mask": lambda m, x, y: cross_entropy(
         m(x, None, F.pad(x, (1, 0), value=1)[:, None, None] > 0), y
     ),
+    "from one": lambda m, x, y: 1 - m(x).tanh().mean(),
+    "standardised": standardised,
     "roll": lambda m, x, y: cross_entropy(m(x.roll(1, 1).cumsum(1) % CLASSES), y),
 }
 
@@ -158,7 +166,7 @@ def test_losses(name: str) -> None:
     wanted.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    for count in (3, 4, 6):
+    for count in (3, 4, 7):
         loss, gradients, found = in_microbatches(LOSSES[name], model, batch, count)
         assert found.count > 1 and found.results[0].kind == "sum"
         torch.testing.assert_close(loss, wanted.detach(), rtol=1e-5, atol=1e-6)
@@ -199,6 +207,9 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "largest": (lambda m, x, y: m(x).amax(), "mixes"),
     "statistic": (lambda m, x, y: (m(x) - m(x).mean((0, 1))).square().mean(), "not linear|mixes"),
     "along the batch": (lambda m, x, y: m(x).softmax(0).square().mean(), "mixes"),
+    "sum beside rows": (lambda m, x, y: (m(x).mean() + y).float().mean(), "not linear"),
+    "sum times rows": (lambda m, x, y: (m(x).mean((0, 1)) * F.one_hot(x, CLASSES)).mean(), "not linear"),
+    "centred": (lambda m, x, y: ((m(x) - m(x).mean(0)) * y[..., None]).mean(), "not linear"),
     "noise": (lambda m, x, y: (m(x) + torch.randn(ROWS, LENGTH, CLASSES)).square().mean(), "random"),
 }
 

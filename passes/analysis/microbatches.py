@@ -186,7 +186,7 @@ def _depend_on(graph: GraphModule, names: set[str]) -> set[Node]:
 class Prologue:
     """One request that is met before the first microbatch.
 
-    ``graph`` takes the microbatch's inputs named ``inputs`` and the values of requests ``earlier``; what it
+    ``graph`` takes the microbatch's inputs named ``inputs``, then the values of requests ``earlier``; what it
     returns is summed over microbatches, or joined as ``shard`` says.
     """
 
@@ -358,7 +358,8 @@ def _resolved(
         outputs = [part if o is asked else o for o in outputs]
         from_weights |= _depend_on(traced, {part.name})
     output.args = (outputs,)
-    _Linear(traced, count, partial).check()
+    varying = _depend_on(traced, {inputs[i].name for i in (*batched, -1)})
+    _Linear(traced, count, partial, varying).check()
     # What became part of the sum in the course of that is one too.
     outputs = list(output.args[0])  # type: ignore[arg-type]
     sums = _depend_on(traced, {n.name for n in partial})
@@ -388,16 +389,20 @@ def _before(
         if node not in needed:
             needed.add(node)
             frontier += node.all_input_nodes
-    graph, env = Graph(), dict[Node, Node]()
-    for node in traced.graph.nodes:
-        if node in needed:
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(env[part])
     number = {n: i for i, n in enumerate(inputs)}
     taken = [n for n in inputs if n in needed]
-    mine = tuple(number[n] for n in taken if n not in met)
-    mine = tuple(i if i < own else i - len(inputs) for i in mine)  # the last two count from the end
-    return Prologue(GraphModule(traced, graph), mine, tuple(met[n] for n in taken if n in met), shard)
+    own_inputs, earlier = [n for n in taken if n not in met], [n for n in taken if n in met]
+    graph, env = Graph(), dict[Node, Node]()
+    for node in (*own_inputs, *earlier):
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    for node in traced.graph.nodes:
+        if node in needed and node not in env:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(env[part])
+    # The last two inputs count from the end.
+    mine = tuple(number[n] if number[n] < own else number[n] - len(inputs) for n in own_inputs)
+    return Prologue(GraphModule(traced, graph), mine, tuple(met[n] for n in earlier), shard)
 
 
 # --- what follows a sum -----------------------------------------------------------------------------------
@@ -412,7 +417,10 @@ _ALONE = {
     operator.getitem,
 }  # fmt: skip
 """Linear in their one operand."""
-_SUMS = {_aten.add.Tensor, _aten.sub.Tensor, _aten.add.Scalar, _aten.sub.Scalar}
+_SUMS = {
+    _aten.add.Tensor, _aten.sub.Tensor, _aten.add.Scalar, _aten.sub.Scalar, _aten.rsub.Tensor,
+    _aten.rsub.Scalar,
+}  # fmt: skip
 _LISTS = {_aten.cat.default, _aten.stack.default}
 _PRODUCTS = {_aten.mul.Tensor, _aten.mul.Scalar}
 _QUOTIENTS = {_aten.div.Tensor, _aten.div.Scalar}
@@ -425,6 +433,8 @@ class _Linear:
     graph: GraphModule
     count: int
     partial: set[Node]
+    varying: set[Node]
+    """What depends on the rows of the microbatch at hand."""
 
     def check(self) -> None:
         for node in list(self.graph.graph.nodes):
@@ -439,6 +449,8 @@ class _Linear:
 
     def _follow(self, node: Node) -> None:
         target, args = node.target, node.args
+        if any(n in self.varying and n not in self.partial for n in node.all_input_nodes):
+            self._refuse(node)  # every row would need the whole sum
         mine = [a in self.partial if isinstance(a, Node) else False for a in args]
         if target in _ALONE and mine[0] and sum(mine) == 1:
             if not _to_whole_numbers(node):
@@ -454,8 +466,12 @@ class _Linear:
         scaled = target in _PRODUCTS and sum(mine[:2]) == 1
         if scaled or (target in _QUOTIENTS and mine[:2] == [True, False]):
             return
+        self._refuse(node)
+
+    def _refuse(self, node: Node) -> None:
         raise PlacementError(
-            f"node '{node.name}' ({where(node)}): {target} is not linear in a sum over the batch, which is "
+            f"node '{node.name}' ({where(node)}): {node.target} is not linear in a sum over the batch, "
+            "which is "
             f"known only when all {self.count} microbatches are done (a statistic of the batch that the "
             "model goes on with, or a product of two). Use microbatches=1, or a plan without pp."
         )
