@@ -134,6 +134,18 @@ class Job:
         made.__dict__["monitor"] = self.monitor  # one watch, over all ranks
         return made
 
+    @cached_property
+    def line(self) -> Job:
+        """The job of the ranks of this rank's pipeline, who share a batch and compile its programs
+        together."""
+        assert self.pipeline is not None
+        first = compat.group_ranks(compat.mesh_group_name(self.pipeline))[0]
+        made = dataclasses.replace(
+            self, mesh=self.pipeline, label=f"pipeline of rank {first}", agreed=set(), led={}
+        )
+        made.__dict__["monitor"] = self.monitor
+        return made
+
     def share(self, places: Iterable[tuple[int, ...]]) -> None:
         """Make the groups that sum gradients of parameters with several owners; called alike on all ranks."""
         for owners in sorted({p for p in places if len(p) > 1} - self.shared_groups.keys()):

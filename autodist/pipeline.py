@@ -58,7 +58,13 @@ from autodist.runtime.outputs import ELSEWHERE, SameBatch, withheld
 from autodist.runtime.parameters import parameter_name
 from autodist.runtime.pipeline import Executor, Outcome, Recorder
 from autodist.runtime.schedules import Action, Schedule, Span, Step, schedule, timeline
-from autodist.runtime.stage_parameters import StageGradientError, is_here, not_differentiable, owners
+from autodist.runtime.stage_parameters import (
+    StageGradientError,
+    is_here,
+    not_differentiable,
+    owners,
+    refuse_norms,
+)
 from autodist.stage_program import BoundStage, CompiledStage, Reads, compile_stage, reads_of
 
 _PER_RANK = 4  # microbatches for each rank of a pipeline, where the plan does not say: a bubble of a fifth
@@ -414,9 +420,14 @@ class Pipeline:
     def compile(self, values: Sequence[Any]) -> _Compiled:
         key = tuple(_size(values[i]) for i in self.program.batch)
         if key not in self.compiled:
-            self.job.at("compiling a pipeline")
-            with self.job.failing_together():
-                self.compiled[key] = _compile(self, values)
+            job = self.job
+            job.at("compiling a pipeline")
+            with job.failing_together(), job.stage.failing_together(), job.line.failing_together():
+                made = _compile(self, values)
+                if job.line.agreement is not None:  # nobody begins before all are ready
+                    subject = f"pipeline program {len(self.compiled)}"
+                    job.line.agreement.require(subject, {"stages": _borders(made.cut)})
+            self.compiled[key] = made
         return self.compiled[key]
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
@@ -424,6 +435,8 @@ class Pipeline:
         mine = [values[i] for i in self.program.batch]
         with self._watch("comparing batches"):
             self.same_batch.check(mine)
+        if self.program.trains:
+            _refuse_inputs_with_gradients(mine)
         compiled = self.compile(values)
         trained = [values[i] for i in self.program.parameters if _trained(i, self.program)]
         if compiled.cut.loss is None:
@@ -441,6 +454,27 @@ class Pipeline:
 
     def _watch(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.job.monitor is None else self.job.monitor.guard(doing)
+
+
+def _refuse_inputs_with_gradients(values: Sequence[Any]) -> None:
+    found = next((x for x in values if isinstance(x, Tensor) and x.requires_grad), None)
+    if found is not None:
+        raise PipelineError(
+            f"an input of shape {tuple(found.shape)} asks for a gradient (it was computed from parameters "
+            "outside of "
+            "the compiled program, say), and a pipeline makes gradients of its own parameters alone. "
+            "Compile all "
+            "that is trained as one program, or detach the input."
+        )
+
+
+def _borders(found: Cut) -> str:
+    """What stages send each other, in which order."""
+    lines = [f"{found.schedule.kind} of {found.batch.count} microbatches"]
+    for number, stage in enumerate(found.stages):
+        sent = (f"{tuple(p.value.shape)} {p.value.dtype} gradient={p.gradient}" for p in stage.sent)
+        lines.append(f"stage {number} sends {'; '.join(sent)}")
+    return "\n".join(lines)
 
 
 def _size(value: Any) -> Any:
@@ -783,6 +817,8 @@ def pipelined(graph: GraphModule, inputs: Sequence[Any], job: Job) -> Callable[.
             "they "
             "are compiled or prepared."
         )
+    for parameter in (x for i, x in enumerate(inputs) if i in names):
+        refuse_norms(parameter)
     return Pipeline(captured(graph, inputs, names, job), job, {names[i]: inputs[i] for i in names})
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from autodist.runtime import compat
 
-_OWNERS = "_autodist_owners"
+_OWNERS, _MARKED = "_autodist_owners", "_autodist_refuses_norms"
 
 
 class StageGradientError(RuntimeError):
@@ -64,9 +64,15 @@ def owners(parameter: Tensor) -> tuple[int, ...]:
 def own(parameter: nn.Parameter, places: tuple[int, ...]) -> nn.Parameter:
     """Note ``parameter``'s owners; what autograd gives it is a :class:`StageGradient`."""
     setattr(parameter, _OWNERS, places)
-    if parameter.requires_grad:
-        parameter.register_post_accumulate_grad_hook(as_stage_gradient)
+    refuse_norms(parameter)
     return parameter
+
+
+def refuse_norms(parameter: Tensor) -> None:
+    """Have the gradients that ``parameter`` will get refuse their norm; once it takes any."""
+    if parameter.requires_grad and not hasattr(parameter, _MARKED):
+        parameter.register_post_accumulate_grad_hook(as_stage_gradient)
+        setattr(parameter, _MARKED, True)
 
 
 def as_stage_gradient(parameter: Tensor) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import autodist
+from autodist import pipeline
 from autodist.passes.analysis.stages import StagePlan
 from autodist.runtime.parameters import plain_tensor
 from autodist.runtime.stage_parameters import StageGradientError, is_here, owners
@@ -484,3 +485,50 @@ def partly() -> None:
 @pytest.mark.distributed
 def test_frozen_stages_and_unused_weights() -> None:
     run_ranks(partly, 2)
+
+
+class Fails(nn.Module):
+    """On the last rank tracing it raises, once its parameters have places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x.square().mean()
+
+
+def fails() -> str:
+    torch._dynamo.reset()
+    model = Fails()
+    compiled = torch.compile(model, backend="autodist", options={**EAGER, "pp": 2})
+    x = torch.randn(8, 6)
+    compiled(x).backward()
+    for layer in model.layers[:2]:
+        layer.requires_grad_(False)
+    with pytest.raises(autodist.PipelineError, match="asks for a gradient"):
+        compiled(x.clone().requires_grad_())
+    for layer in model.layers[:2]:
+        layer.requires_grad_(True)
+    compiled(x).backward()
+    with pytest.raises(StageGradientError):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    pipeline._compile = wrong if dist.get_rank() == 1 else pipeline._compile  # type: ignore[assignment]
+    try:
+        compiled(torch.randn(6, 6))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "ran"
+
+
+def wrong(*args: Any) -> Any:
+    raise RuntimeError("the compiler of rank 1 is out of order")
+
+
+@pytest.mark.distributed
+def test_a_rank_that_cannot_compile_ends_the_others() -> None:
+    first, second = run_ranks(fails, 2)
+    assert "out of order" in first and first.startswith(("MissingRanksError", "DisagreementError")), first
+    assert second == "RuntimeError: the compiler of rank 1 is out of order"
