@@ -47,8 +47,7 @@ def clip_grad_norm_(
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
             f"the total norm of order {norm_type} of the gradients is {total.item()}, so it cannot be "
-            "clipped to "
-            f"{max_norm}; pass error_if_nonfinite=False to scale by it anyway"
+            f"clipped to {max_norm}; pass error_if_nonfinite=False to scale by it anyway"
         )
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for parameter in given:

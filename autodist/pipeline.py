@@ -114,10 +114,8 @@ def captured(graph: GraphModule, inputs: Sequence[Any], names: Mapping[int, str]
         name = core.inputs[core.written[0]].name
         raise PipelineError(
             f"the program writes into '{name}' (a buffer, such as a batch norm's running statistics), which "
-            "it would "
-            "do once for each microbatch of a pipeline. Put such layers into eval(), use norms without "
-            "statistics "
-            "of the batch (GroupNorm, LayerNorm), or a plan without pp."
+            "it would do once for each microbatch of a pipeline. Put such layers into eval(), use norms "
+            "without statistics of the batch (GroupNorm, LayerNorm), or a plan without pp."
         )
     trains = torch.is_grad_enabled() and len(frozen) < len(parameters)
     return Captured(core, parameters, buffers, places, frozen, trains)
@@ -266,12 +264,9 @@ def _loss_of(made: Microbatch, program: Captured) -> int:
             return index
     raise PipelineError(
         "no output of the compiled program is a loss: one number that the parameters are trained by. A "
-        "pipeline makes "
-        "the backward of each microbatch itself, so the loss belongs into the compiled program: give the "
-        "model its "
-        "labels, or compile a function of model and batch that returns the loss. To compute without "
-        "training, "
-        "call it under torch.no_grad()."
+        "pipeline makes the backward of each microbatch itself, so the loss belongs into the compiled "
+        "program: give the model its labels, or compile a function of model and batch that returns the "
+        "loss. To compute without training, call it under torch.no_grad()."
     )
 
 
@@ -461,10 +456,8 @@ def _refuse_inputs_with_gradients(values: Sequence[Any]) -> None:
     if found is not None:
         raise PipelineError(
             f"an input of shape {tuple(found.shape)} asks for a gradient (it was computed from parameters "
-            "outside of "
-            "the compiled program, say), and a pipeline makes gradients of its own parameters alone. "
-            "Compile all "
-            "that is trained as one program, or detach the input."
+            "outside of the compiled program, say), and a pipeline makes gradients of its own parameters "
+            "alone. Compile all that is trained as one program, or detach the input."
         )
 
 
@@ -500,8 +493,7 @@ class _Differentiable(torch.autograd.Function):
         if ctx.gradients is None:
             raise StageGradientError(
                 "backward was called twice on a loss of a pipeline, which keeps its gradients for one "
-                "backward. Call "
-                "the model again."
+                "backward. Call the model again."
             )
         gradients, ctx.gradients = ctx.gradients, None
         scale = cotangents[ctx.loss]
@@ -812,10 +804,8 @@ def pipelined(graph: GraphModule, inputs: Sequence[Any], job: Job) -> Callable[.
     if lost:
         raise PipelineError(
             f"a parameter of shape {tuple(lost[0].shape)} was copied or converted (Module.to, deepcopy) "
-            "after its "
-            "model had been sharded, and does not know its stage any more. Convert and copy models before "
-            "they "
-            "are compiled or prepared."
+            "after its model had been sharded, and does not know its stage any more. Convert and copy "
+            "models before they are compiled or prepared."
         )
     for parameter in (x for i, x in enumerate(inputs) if i in names):
         refuse_norms(parameter)
@@ -840,9 +830,8 @@ def shard_on_batch(
     if batch is None:
         raise PlanError(
             f"plan field 'pp' is {job.plan.pp}: where a model is cut into stages follows from its program. "
-            "Give prepare a batch to trace it on, prepare(model, plan, batch={...}), or leave prepare out: "
-            "the first "
-            "call of the compiled model cuts it."
+            "Give prepare a batch to trace it on, prepare(model, plan, batch={...}), or leave prepare "
+            "out: the first call of the compiled model cuts it."
         )
     device = next((p.device for p in model.parameters()), job.device)
     given = compat.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
@@ -876,10 +865,9 @@ def _refuse_breaks() -> None:
         compat.retrace()
     raise PipelineError(
         "the compiled function is not one graph: Dynamo breaks it, or a part of it is compiled that does "
-        "not return to "
-        "your program. A pipeline cuts a whole program, from its inputs to its loss. See where it breaks "
-        "with "
-        "TORCH_LOGS=graph_breaks, and mend or move what stands there; or use a plan without pp."
+        "not return to your program. A pipeline cuts a whole program, from its inputs to its loss. See "
+        "where it breaks with TORCH_LOGS=graph_breaks, and mend or move what stands there; or use a plan "
+        "without pp."
     )
 
 

@@ -124,8 +124,7 @@ class Plan:
         if self.pp > 1 and self.outputs == "sharded":
             raise PlanError(
                 "plan field 'outputs' is 'sharded', and with pp results lie on the ranks of one stage "
-                "alone; use "
-                "'withheld' or 'gathered'"
+                "alone; use 'withheld' or 'gathered'"
             )
 
     @property

@@ -89,11 +89,9 @@ class TrainStep:
             )
         if self.plan.pp > 1:
             raise PlanError(
-                f"plan field 'pp' is {self.plan.pp}, and a captured step is not cut into stages: compile "
-                "the model, "
-                "torch.compile(model, backend='autodist', options={'pp': ...}), and write the step around "
-                "it, "
-                "with autodist.clip_grad_norm_ where it clips."
+                f"plan field 'pp' is {self.plan.pp}, and a captured step is not cut into stages: compile the "
+                "model, torch.compile(model, backend='autodist', options={'pp': ...}), and write the step "
+                "around it, with autodist.clip_grad_norm_ where it clips."
             )
         self.job: Job | None = None
         self.programs: list[Program] = []

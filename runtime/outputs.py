@@ -154,8 +154,7 @@ class SameBatch:
             raise DifferentBatchError(
                 f"ranks {ranks} share their batch (plan fields 'sp' and 'pp') and were given different ones; "
                 f"this is rank {dist.get_rank()}. Give all ranks of a group the same batch: shard the data "
-                "by "
-                "rank // (sp * pp), not by rank."
+                "by rank // (sp * pp), not by rank."
             )
 
 

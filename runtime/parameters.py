@@ -104,9 +104,8 @@ def _read_of_stage(parameter: DTensor) -> Tensor:
     if name is None:
         raise stage_parameters.StageGradientError(
             "a parameter of a pipeline was copied or converted (Module.to, deepcopy) after its model had "
-            "been "
-            "sharded, and does not know its stage any more. Convert and copy models before they are compiled "
-            "or prepared."
+            "been sharded, and does not know its stage any more. Convert and copy models before they are "
+            "compiled or prepared."
         )
     job = parameter._autodist_job
     pipeline = compat.mesh_group_name(job.pipeline)

@@ -40,8 +40,7 @@ class StageGradient(DTensor):
             raise StageGradientError(
                 "the norm of these gradients is that of one pipeline stage, not of the model: clip with "
                 "autodist.clip_grad_norm_(model.parameters(), max_norm), which returns the model's norm. "
-                "(One "
-                "gradient's norm: p.grad.full_tensor().norm().)"
+                "(One gradient's norm: p.grad.full_tensor().norm().)"
             )
         with compat.plain_functions():
             return func(*args, **(kwargs or {}))
@@ -122,10 +121,7 @@ class _NotDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise StageGradientError(
             "a loss was differentiated that was computed from a pipeline's weights or results outside of "
-            "the compiled "
-            "program, where they can be read but not trained. The compiled program returns one loss, its "
-            "first "
-            "result that is one number: compute all of it there, without graph breaks "
-            "(TORCH_LOGS=graph_breaks "
-            "shows them)."
+            "the compiled program, where they can be read but not trained. The compiled program returns one "
+            "loss, its first result that is one number: compute all of it there, without graph breaks "
+            "(TORCH_LOGS=graph_breaks shows them)."
         )

@@ -470,9 +470,8 @@ class _Linear:
 
     def _refuse(self, node: Node) -> None:
         raise PlacementError(
-            f"node '{node.name}' ({where(node)}): {node.target} is not linear in a sum over the batch, "
-            "which is "
-            f"known only when all {self.count} microbatches are done (a statistic of the batch that the "
+            f"node '{node.name}' ({where(node)}): {node.target} is not linear in a sum over the batch, which "
+            f"is known only when all {self.count} microbatches are done (a statistic of the batch that the "
             "model goes on with, or a product of two). Use microbatches=1, or a plan without pp."
         )
 
