@@ -210,12 +210,13 @@ def _cut(
 
 
 def places_of(found: Cut, program: Captured, all_names: Sequence[str], pp: int) -> dict[str, tuple[int, ...]]:
-    """Which places hold each parameter: those of the stages that use it; the first where none does."""
+    """Which places hold each parameter: those of the stages that use it. One that none uses may be used by a
+    later program, and nobody knows where: all places have it."""
     places: dict[str, set[int]] = {}
     for number, stage in enumerate(found.stages):
         for name in stage.parameters:
             places.setdefault(name, set()).add(number % pp)
-    return {name: tuple(sorted(places.get(name, {0}))) for name in all_names}
+    return {name: tuple(sorted(places.get(name, range(pp)))) for name in all_names}
 
 
 def _owning_stages(owned: Mapping[str, Sequence[int]], pp: int, stages: int) -> dict[str, set[int]]:
@@ -256,11 +257,12 @@ def _loss_of(made: Microbatch, program: Captured) -> int:
     """Which output is the loss: the first that is one number, a sum over microbatches, and of weights."""
     inputs = made.graph.graph.find_nodes(op="placeholder")
     weights = {inputs[i] for i in program.parameters if i not in program.frozen}
+    differentiable = _differentiable(made.graph, weights)
     outputs: Sequence[Any] = output_of(made.graph).args[0]  # type: ignore[assignment]
     for index, (node, result) in enumerate(zip(outputs, made.results, strict=True)):
         value = node.meta.get("val") if isinstance(node, Node) else None
         scalar = isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point()
-        if scalar and (result.kind == "sum" or made.count == 1) and _depends(node, weights):
+        if scalar and (result.kind == "sum" or made.count == 1) and node in differentiable:
             return index
     raise PipelineError(
         "no output of the compiled program is a loss: one number that the parameters are trained by. A "
@@ -270,16 +272,16 @@ def _loss_of(made: Microbatch, program: Captured) -> int:
     )
 
 
-def _depends(node: Node, sources: set[Node]) -> bool:
-    seen, frontier = set[Node](), [node]
-    while frontier:
-        found = frontier.pop()
-        if found in sources:
-            return True
-        if found not in seen:
-            seen.add(found)
-            frontier += found.all_input_nodes
-    return False
+def _differentiable(graph: GraphModule, weights: set[Node]) -> set[Node]:
+    """What autograd would follow from ``weights``."""
+    found, enabled = set(weights), True
+    for node in graph.graph.nodes:
+        if compat.sets_grad_mode(node.target):
+            enabled = bool(node.args[0])
+        follows = enabled and node.target is not torch.ops.aten.detach.default
+        if follows and any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _detach_others(graph: GraphModule, loss: int | None) -> None:

@@ -69,9 +69,9 @@ def own(parameter: nn.Parameter, places: tuple[int, ...]) -> nn.Parameter:
 
 def refuse_norms(parameter: Tensor) -> None:
     """Have the gradients that ``parameter`` will get refuse their norm; once it takes any."""
-    if parameter.requires_grad and not hasattr(parameter, _MARKED):
+    if parameter.requires_grad and getattr(parameter, _MARKED, None) != id(parameter):
         parameter.register_post_accumulate_grad_hook(as_stage_gradient)
-        setattr(parameter, _MARKED, True)
+        setattr(parameter, _MARKED, id(parameter))  # a copy has the attribute, and not the hook
 
 
 def as_stage_gradient(parameter: Tensor) -> None:
