@@ -869,6 +869,10 @@ def _asked_backend(module: torch.nn.Module) -> Any:
     return wrapped
 
 
+GRADIENT_SCALING = frozenset({torch._amp_foreach_non_finite_check_and_unscale_})
+"""What ``torch.amp.GradScaler`` asks of gradients: to unscale them and say whether one is not finite."""
+
+
 def has_gradient_hooks(tensor: torch.Tensor) -> bool:
     """Whether anything is to be called with, or after, the gradient of ``tensor``."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)

@@ -30,7 +30,8 @@ class StageGradientError(RuntimeError):
 
 
 class StageGradient(DTensor):
-    """A gradient of a pipeline's parameter: a DTensor whose norm is refused, as it is one stage's alone."""
+    """A gradient of a pipeline's parameter: a DTensor that is one stage's alone, and refuses what would take
+    it for the model's: norms, and a GradScaler's search for infinities."""
 
     @classmethod
     def __torch_function__(
@@ -41,6 +42,12 @@ class StageGradient(DTensor):
                 "the norm of these gradients is that of one pipeline stage, not of the model: clip with "
                 "autodist.clip_grad_norm_(model.parameters(), max_norm), which returns the model's norm. "
                 "(One gradient's norm: p.grad.full_tensor().norm().)"
+            )
+        if func in compat.GRADIENT_SCALING:
+            raise StageGradientError(
+                "a GradScaler looks for infinities among these gradients, which are those of one pipeline "
+                "stage, and ranks would skip different steps. Use the plan's precision='bf16', which needs "
+                "no scaling."
             )
         with compat.plain_functions():
             return func(*args, **(kwargs or {}))

@@ -1284,3 +1284,24 @@ def test_terms_are_added_in_place() -> None:
     compat.add_each(totals, terms)
     compat.add_each([], [])
     assert totals[0].tolist() == [2, 2] and totals[1].tolist() == [3, 3, 3]
+
+
+def test_gradient_scaling_asks_what_is_known() -> None:
+    """A gradient of a kind of its own is asked, by the operator that compat names."""
+    asked = []
+
+    class Gradient(torch.Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            asked.append(func)
+            with compat.plain_functions():
+                return func(*args, **(kwargs or {}))
+
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3).as_subclass(Gradient)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(torch.optim.SGD([parameter], lr=0.1))
+    assert compat.GRADIENT_SCALING.intersection(asked)

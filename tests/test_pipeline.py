@@ -192,6 +192,10 @@ def clipped() -> None:
         (reference(**given).loss * 0.5).backward()
     with pytest.raises(StageGradientError, match=r"autodist\.clip_grad_norm_"):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler, optimizer = torch.amp.GradScaler("cpu"), adamw(model.parameters())
+    scaler.scale(torch.ones(()))
+    with pytest.raises(StageGradientError, match="GradScaler"):
+        scaler.step(optimizer)
     for kind in (2.0, 1.0, float("inf")):
         got = autodist.clip_grad_norm_(model.parameters(), 0.1, kind)
         want = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1, kind)
