@@ -1305,3 +1305,26 @@ def test_gradient_scaling_asks_what_is_known() -> None:
     scaler.scale(torch.ones(()))
     scaler.unscale_(torch.optim.SGD([parameter], lr=0.1))
     assert compat.GRADIENT_SCALING.intersection(asked)
+
+
+def test_a_part_is_compiled_with_the_strides_of_its_values() -> None:
+    """Forward and backward of a stage are compiled apart: one must find what the other saves as it was told."""
+    mode = compat.FakeTensorMode()
+    with mode:
+        x, w = torch.empty(4, 6), torch.empty(6, 8)
+    graph = compat.trace_plain(lambda x, w: [(x @ w).t(), (x + 1).t().contiguous().t()], [x, w])
+    compiled = compat.compile_part(graph, False, {"reorder_for_peak_memory": False})
+    x, w = torch.randn(4, 6), torch.randn(6, 8)
+    first, second = compiled([x, w])
+    assert torch.allclose(first, (x @ w).t(), atol=1e-5) and torch.equal(second, x + 1)
+    assert first.stride() == (1, 8) and second.stride() == (1, 4)
+    assert "def call" in compat.emitted_program(compiled)
+
+
+def test_gradients_may_be_none() -> None:
+    mode = compat.FakeTensorMode()
+    with mode:
+        x, w, tangent = torch.empty(3), torch.empty(3), torch.ones(())
+    graph = compat.trace_joint(lambda x, w: [x.sum()], [x, w], [0, 1], [tangent], [0], zeros=False)
+    [results] = (n.args[0] for n in graph.graph.find_nodes(op="output"))
+    assert results[2] is None and results[1] is not None
