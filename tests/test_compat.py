@@ -1308,7 +1308,7 @@ def test_gradient_scaling_asks_what_is_known() -> None:
 
 
 def test_a_part_is_compiled_with_the_strides_of_its_values() -> None:
-    """Forward and backward of a stage are compiled apart: one must find what the other saves as it was told."""
+    """Forward and backward of a stage are compiled apart: the one must find what the other saves as told."""
     mode = compat.FakeTensorMode()
     with mode:
         x, w = torch.empty(4, 6), torch.empty(6, 8)
