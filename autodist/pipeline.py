@@ -38,7 +38,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from autodist.artifacts import write_pipeline
 from autodist.compiler import Compilation, GraphReport
-from autodist.job import Job
+from autodist.job import Job, job_of
 from autodist.logs import log
 from autodist.passes.analysis.bottleneck import Terms
 from autodist.passes.analysis.chain import Inputs
@@ -55,7 +55,7 @@ from autodist.prepare import shard_model
 from autodist.runtime import compat, dialect
 from autodist.runtime.agreement import graph_lines
 from autodist.runtime.outputs import ELSEWHERE, SameBatch, withheld
-from autodist.runtime.parameters import parameter_name
+from autodist.runtime.parameters import check_same, parameter_name
 from autodist.runtime.pipeline import Executor, Outcome, Recorder
 from autodist.runtime.schedules import Action, Schedule, Span, Step, schedule, timeline
 from autodist.runtime.stage_parameters import (
@@ -412,6 +412,7 @@ class Pipeline:
         self.parameters = dict(parameters)
         self.group = compat.mesh_group_name(job.pipeline)
         self.compiled: dict[Any, _Compiled] = {}
+        self.others: dict[int, Pipeline] = {}
         self.same_batch = SameBatch(job.pipeline, job.device)
 
     def compile(self, values: Sequence[Any]) -> _Compiled:
@@ -427,8 +428,19 @@ class Pipeline:
             self.compiled[key] = made
         return self.compiled[key]
 
+    def parameters_in(self, values: Sequence[Any]) -> dict[str, DTensor]:
+        """The parameters that a call is given, by their names: Dynamo runs the program of one model with
+        another of the same class, as parameters are inputs."""
+        return {name: values[i] for i, name in self.program.parameters.items()}
+
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         values = [arguments[p] for p in self.program.places]
+        jobs = (job_of(values[i]) for i in self.program.parameters)
+        job = next((j for j in jobs if j is not None), self.job)
+        if job is not self.job:  # another model, whose parameters may lie elsewhere
+            if job.number not in self.others:
+                self.others[job.number] = Pipeline(self.program, job, self.parameters_in(values))
+            return self.others[job.number](*arguments)
         mine = [values[i] for i in self.program.batch]
         with self._watch("comparing batches"):
             self.same_batch.check(mine)
@@ -529,17 +541,27 @@ class _Compiled:
         batch, job = self.cut.batch, self.job
         if job.dry_run:
             return self._without_data(values)
+        self._check_alike()
         seed = self._seed(values)
         inputs = self._inputs(values, seed)
         one = torch.ones((), dtype=self._loss_type(), device=job.device)
-        whole = self._weights()
+        parameters = self.owner.parameters_in(values)
+        whole = self._weights(parameters)
         programs = [
             BoundStage(stage, [whole[name] for name in stage.graph.parameters], inputs, one)
             for stage in self.stages
         ]
         outcome = self._executed(programs, int(seed))
-        gradients = self._gradients(outcome.gradients) if self.cut.loss is not None else []
+        trains = self.cut.loss is not None
+        gradients = self._gradients(outcome.gradients, parameters) if trains else []
         return self._results(outcome.results, batch), gradients
+
+    def _check_alike(self) -> None:
+        """Where stages gather weights for each microbatch, replicas must make as many."""
+        if reads_of(self.job.stage).in_program:
+            count = f"{self.cut.schedule.kind} of {self.cut.batch.count}"
+            doing = f"makes its batch in {self.cut.batch.count} microbatches"
+            check_same(count, doing, self.job.stage.group, self.job.device)
 
     def _executed(self, programs: Sequence[BoundStage], seed: int) -> Outcome:
         """One run; that of number ``_RECORDED`` is written down where somebody reads artifacts."""
@@ -619,49 +641,49 @@ class _Compiled:
         value = None if self.cut.loss is None else self.cut.shapes[self.cut.loss]
         return torch.float32 if value is None else value.dtype
 
-    def _weights(self) -> dict[str, Tensor]:
+    def _weights(self, parameters: Mapping[str, DTensor]) -> dict[str, Tensor]:
         """What this rank's stages are given for each parameter: shards, or whole values gathered now."""
         names = list(dict.fromkeys(n for s in self.stages for n in s.graph.parameters))
-        local = {n: compat.local_part(self.owner.parameters[n]).detach() for n in names}
+        local = {n: compat.local_part(parameters[n]).detach() for n in names}
         reads = reads_of(self.job.stage)
         if reads.in_program or self.job.stage.mesh.size() == 1:  # type: ignore[union-attr]
             return local
-        sharded = [n for n in names if self.owner.parameters[n].placements[0].is_shard()]
+        sharded = [n for n in names if parameters[n].placements[0].is_shard()]
         by_type: dict[torch.dtype, list[str]] = {}
         for name in sharded:
             by_type.setdefault(local[name].dtype, []).append(name)
         for dtype, group in by_type.items():
-            rows = [int(self.owner.parameters[n].shape[0]) for n in group]
+            rows = [int(parameters[n].shape[0]) for n in group]
             whole = dialect.unshard_bucket([local[n] for n in group], rows, dtype, reads.group)
             local.update(zip(group, whole, strict=True))
         return local
 
     # What comes of them.
 
-    def _gradients(self, found: Mapping[int, Sequence[Tensor | None]]) -> list[DTensor | None]:
+    def _gradients(
+        self, found: Mapping[int, Sequence[Tensor | None]], parameters: Mapping[str, DTensor]
+    ) -> list[DTensor | None]:
         totals: dict[str, Tensor] = {}
         for stage in self.stages:
             names = [stage.graph.parameters[i] for i in stage.trained]
             for name, gradient in zip(names, found[stage.index], strict=True):
                 if gradient is not None:
                     totals[name] = totals[name] + gradient if name in totals else gradient
-        totals = self._reduced(totals)
-        self._sum_copies(totals)
+        totals = self._reduced(totals, parameters)
+        self._sum_copies(totals, parameters)
         trained = [n for i, n in self.owner.program.parameters.items() if _trained(i, self.owner.program)]
-        return [self._as_gradient(name, totals[name]) if name in totals else None for name in trained]
+        return [_as_gradient(parameters[name], totals[name]) if name in totals else None for name in trained]
 
-    def _as_gradient(self, name: str, local: Tensor) -> DTensor:
-        spec = compat.specification(self.owner.parameters[name])
-        return compat.dtensor_of(local, spec, False)
-
-    def _reduced(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _reduced(
+        self, totals: dict[str, Tensor], parameters: Mapping[str, DTensor]
+    ) -> dict[str, Tensor]:
         """Summed over the ranks of the stage, where its programs have not done so."""
         reads = reads_of(self.job.stage)
         if reads.in_program or self.job.stage.mesh.size() == 1:  # type: ignore[union-attr]
             return totals
         groups: dict[tuple[bool, torch.dtype], list[str]] = {}
         for name in totals:
-            key = self.owner.parameters[name].placements[0].is_shard(), totals[name].dtype
+            key = parameters[name].placements[0].is_shard(), totals[name].dtype
             groups.setdefault(key, []).append(name)
         made = dict(totals)
         for (sharded, dtype), names in groups.items():
@@ -670,10 +692,10 @@ class _Compiled:
             made.update(zip(names, mine, strict=True))
         return made
 
-    def _sum_copies(self, totals: dict[str, Tensor]) -> None:
+    def _sum_copies(self, totals: dict[str, Tensor], parameters: Mapping[str, DTensor]) -> None:
         """Add up the gradients of a parameter that several places hold: in one order on all of them."""
-        for name in sorted(self.owner.parameters):
-            parameter = self.owner.parameters[name]
+        for name in sorted(parameters):
+            parameter = parameters[name]
             places = owners(parameter)
             if len(places) < 2 or not is_here(parameter) or not parameter.requires_grad:
                 continue
@@ -711,6 +733,10 @@ class _Compiled:
             return True
         rows = whole.ndim > 2 and whole.shape[0] == self.cut.batch.batch
         return rows and self.job.plan.outputs != "gathered"
+
+
+def _as_gradient(parameter: DTensor, local: Tensor) -> DTensor:
+    return compat.dtensor_of(local, compat.specification(parameter), False)
 
 
 def _compile(owner: Pipeline, values: Sequence[Any]) -> _Compiled:

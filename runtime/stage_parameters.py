@@ -50,9 +50,12 @@ class StageGradient(DTensor):
                 "no scaling."
             )
         with compat.plain_functions():
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            return _marked(result) if func in _SAME and type(result) is DTensor else result
 
 
+_SAME = {Tensor.data.__get__, Tensor.detach, Tensor.float, Tensor.double, Tensor.to}  # type: ignore[attr-defined]
+"""What people write before the norm."""
 _NORMS = {
     torch.linalg.vector_norm,
     torch.linalg.norm,
@@ -83,10 +86,12 @@ def refuse_norms(parameter: Tensor) -> None:
 
 def as_stage_gradient(parameter: Tensor) -> None:
     """Have a parameter's gradient refuse its norm."""
-    grad = parameter.grad
-    if type(grad) is DTensor:
-        spec = compat.specification(grad)
-        parameter.grad = compat.dtensor_of(compat.local_part(grad), spec, False, StageGradient)
+    if type(parameter.grad) is DTensor:
+        parameter.grad = _marked(parameter.grad)
+
+
+def _marked(grad: DTensor) -> DTensor:
+    return compat.dtensor_of(compat.local_part(grad), compat.specification(grad), False, StageGradient)
 
 
 def is_here(parameter: DTensor) -> bool:

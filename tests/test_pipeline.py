@@ -192,6 +192,9 @@ def clipped() -> None:
         (reference(**given).loss * 0.5).backward()
     with pytest.raises(StageGradientError, match=r"autodist\.clip_grad_norm_"):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    mine = next(p for p in model.parameters() if p.grad is not None)
+    with pytest.raises(StageGradientError):
+        mine.grad.data.norm(2)
     scaler, optimizer = torch.amp.GradScaler("cpu"), adamw(model.parameters())
     scaler.scale(torch.ones(()))
     with pytest.raises(StageGradientError, match="GradScaler"):
@@ -325,6 +328,37 @@ def verified() -> list[bool]:
 @pytest.mark.distributed
 def test_verify() -> None:
     assert run_ranks(verified, 2) == [[True, False]] * 2
+
+
+def two_models() -> None:
+    """Of one class: Dynamo runs the program of the first with the parameters of the second."""
+    torch._dynamo.reset()
+    x = torch.randn(8, 6)
+    models = [Regularised(False), Regularised(False)]
+    models.append(copy.deepcopy(models[1]))
+    references = [copy.deepcopy(m) for m in models]
+    compiled = [torch.compile(m, backend="autodist", options={**EAGER, "pp": 2}) for m in models]
+    for _ in range(2):
+        for model, reference, step in zip(models, references, compiled, strict=True):
+            step(x).backward()
+            reference(x).backward()
+            check(model, reference, "gradient")
+            for each in (model, reference):
+                torch.optim.SGD(each.parameters(), lr=0.1).step()
+                each.zero_grad()
+    average = copy.deepcopy(models[0])
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.mul_(0.5)
+        got = torch.compile(average, backend="autodist", options={**EAGER, "pp": 2})(x)
+        for parameter in references[0].parameters():
+            parameter.mul_(0.5)
+        assert error(got, references[0](x)) < TOLERANCE
+
+
+@pytest.mark.distributed
+def test_two_models_of_one_class() -> None:
+    run_ranks(two_models, 2)
 
 
 # --- what is shown ---------------------------------------------------------------------------------------
