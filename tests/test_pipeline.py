@@ -135,14 +135,14 @@ SCHEDULES = [
 
 @pytest.mark.distributed
 def test_schedules() -> None:
-    check_counts(run_ranks(all_trained, 2, SCHEDULES, 6, 6))
+    check_counts(run_ranks(all_trained, 2, SCHEDULES, 6, 6, seconds=600))
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("cases", [("gpt2", "bert", "t5"), ("llama", "qwen3", "vit", "gemma2")])
 def test_families(cases: tuple[str, ...]) -> None:
     plans: list[tuple[str, dict[str, Any]]] = [(case, {"pp": 2}) for case in cases]
-    check_counts(run_ranks(all_trained, 2, plans, 5, 5))
+    check_counts(run_ranks(all_trained, 2, plans, 5, 5, seconds=600))
 
 
 @pytest.mark.distributed
@@ -154,7 +154,7 @@ def test_beside_data_parallelism() -> None:
         ("bert", {"pp": 2, "zero": 0}),
         ("llama_tied", {"pp": 4}),
     ]
-    check_counts(run_ranks(all_trained, 4, plans, 6, 6))
+    check_counts(run_ranks(all_trained, 4, plans, 6, 6, seconds=600))
 
 
 @pytest.mark.distributed
@@ -163,7 +163,7 @@ def test_beside_sequence_parallelism() -> None:
         ("llama_tied", {"pp": 2, "sp": 2, "zero": 3}),
         ("bert", {"pp": 2, "sp": 2, "zero": 2}),
     ]
-    check_counts(run_ranks(all_trained, 4, plans, 5, 5))
+    check_counts(run_ranks(all_trained, 4, plans, 5, 5, seconds=600))
 
 
 @pytest.mark.distributed

@@ -897,7 +897,7 @@ def compositions() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_composition(ranks: int) -> None:
-    run_ranks(compositions, ranks)
+    run_ranks(compositions, ranks, seconds=600)
 
 
 def mixed(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
