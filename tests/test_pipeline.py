@@ -333,6 +333,7 @@ def test_verify() -> None:
 def two_models() -> None:
     """Of one class: Dynamo runs the program of the first with the parameters of the second."""
     torch._dynamo.reset()
+    torch.manual_seed(0)
     x = torch.randn(8, 6)
     models = [Regularised(False), Regularised(False)]
     models.append(copy.deepcopy(models[1]))
@@ -423,6 +424,7 @@ class Broken(nn.Module):
 def refused() -> dict[str, str]:
     found = {}
     plain: Callable[[], nn.Module] = lambda: nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))  # noqa: E731
+    torch.manual_seed(0)
     x = torch.randn(8, 6)
     attempts: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Any]] = {
         "batch norm": (lambda: CASES["resnet"].build().train(), {}, batch("resnet", 0, 0, 6)),
@@ -540,6 +542,7 @@ class Fails(nn.Module):
 
 def fails() -> str:
     torch._dynamo.reset()
+    torch.manual_seed(0)
     model = Fails()
     compiled = torch.compile(model, backend="autodist", options={**EAGER, "pp": 2})
     x = torch.randn(8, 6)
