@@ -81,8 +81,7 @@ class Captured:
 
     ``core`` is the program without its reads of parameters. ``parameters`` maps positions among the core's
     inputs to parameters' names, ``buffers`` are the positions of the model's buffers; ``places`` are
-    positions of the core's inputs among the program's. ``returned`` are the outputs that go to the user
-    alone, None for all.
+    positions of the core's inputs among the program's.
     """
 
     core: Core
@@ -142,7 +141,6 @@ class Cut:
     stages: tuple[StageGraph, ...]
     names: Mapping[str, int]
     policies: Mapping[int, Any]
-    outputs: tuple[Any, ...]
     shapes: tuple[Any, ...]
     loss: int | None
     kept: frozenset[int]
@@ -201,7 +199,6 @@ def _cut(
         stages=tuple(cut(core.graph, inputs, found)),
         names=names,
         policies={**one.meta.get(POLICIES, {}), **core.policies},
-        outputs=tuple(output_of(core.graph).args[0]),  # type: ignore[arg-type]
         shapes=shapes,
         loss=loss,
         kept=frozenset(one.meta.get(SHARDED_OUTPUTS, {})),

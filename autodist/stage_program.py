@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from autodist.compiler import KEEP_ORDER, Compilation
 from autodist.job import Job
 from autodist.passes.base import Phase
-from autodist.passes.graph import fill_values, output_of
+from autodist.passes.graph import behind, fill_values, output_of, part_of
 from autodist.passes.stages import StageGraph
 from autodist.runtime import compat, dialect
 from autodist.runtime.pipeline import Spec
@@ -241,8 +241,8 @@ def _split_backward(backward: GraphModule, trained: int) -> tuple[GraphModule, G
     """
     outputs = list(output_of(backward).args[0])  # type: ignore[arg-type]
     of_weights, of_received = outputs[:trained], outputs[trained:]
-    first = _behind(of_received)
-    second = _behind(of_weights) - first
+    first = behind(of_received)
+    second = behind(of_weights) - first
     crossing = [
         n
         for n in backward.graph.nodes
@@ -258,34 +258,9 @@ def _split_backward(backward: GraphModule, trained: int) -> tuple[GraphModule, G
         second.difference_update(items)
     inputs = backward.graph.find_nodes(op="placeholder")
     return (
-        _part(backward, inputs, first, [*of_received, *crossing]),
-        _part(backward, [*inputs, *crossing], second, of_weights),
+        part_of(backward, inputs, first, (*of_received, *crossing)),
+        part_of(backward, [*inputs, *crossing], second, tuple(of_weights)),
     )
-
-
-def _behind(nodes: Sequence[Any]) -> set[Node]:
-    found: set[Node] = set()
-    frontier = [n for n in nodes if isinstance(n, Node)]
-    while frontier:
-        node = frontier.pop()
-        if node not in found:
-            found.add(node)
-            frontier += node.all_input_nodes
-    return found
-
-
-def _part(
-    whole: GraphModule, inputs: Sequence[Node], nodes: set[Node], outputs: Sequence[Any]
-) -> GraphModule:
-    graph, env = Graph(), dict[Node, Node]()
-    for node in inputs:
-        env[node] = graph.placeholder(node.name)
-        env[node].meta = dict(node.meta)
-    for node in whole.graph.nodes:
-        if node in nodes and node not in env:
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[n] if isinstance(n, Node) else n for n in outputs))
-    return GraphModule(whole, graph)
 
 
 def _lowered(name: str, part: GraphModule, run: Compilation) -> Function:

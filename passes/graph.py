@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -114,6 +114,32 @@ def replace(old: Node, new: Node) -> None:
 
 def output_of(graph: GraphModule) -> Node:
     return graph.graph.find_nodes(op="output")[0]
+
+
+def behind(nodes: Iterable[Any], stop: Container[Node] = ()) -> set[Node]:
+    """``nodes``, those that are, and all that they are made from, as far as ``stop``, which is left out."""
+    found: set[Node] = set()
+    frontier = [n for n in nodes if isinstance(n, Node)]
+    while frontier:
+        node = frontier.pop()
+        if node not in found and node not in stop:
+            found.add(node)
+            frontier += node.all_input_nodes
+    return found
+
+
+def part_of(whole: GraphModule, inputs: Iterable[Node], nodes: Container[Node], outputs: Any) -> GraphModule:
+    """The program of ``nodes`` of ``whole``, given ``inputs``, which it takes in this order, placeholders or
+    not; it returns ``outputs``."""
+    graph, env = Graph(), dict[Node, Node]()
+    for node in inputs:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    for node in whole.graph.nodes:
+        if node in nodes and node not in env:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(torch.fx.map_arg(outputs, env.__getitem__))
+    return GraphModule(whole, graph)
 
 
 def writers(graph: GraphModule, of: Iterable[Node]) -> dict[Node, Node]:

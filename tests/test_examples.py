@@ -104,9 +104,10 @@ def test_readme_shows_what_the_pass_does(example: Any, tmp_path: Path) -> None:
             place, skips = found + 1, False
 
 
-def run_step(ranks: int, *arguments: str) -> str:
+def trained(program: str, ranks: int, *arguments: str) -> str:
+    """What an example prints that runs to its end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["examples/train_step.py", "--lowering", "eager", *arguments]
+    command += [f"examples/{program}.py", "--lowering", "eager", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -115,32 +116,24 @@ def run_step(ranks: int, *arguments: str) -> str:
 @pytest.mark.distributed
 def test_a_captured_step_trains_stops_and_goes_on(tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
-    before = run_step(2, "--steps", "10", "--save", folder)
+    before = trained("train_step", 2, "--steps", "10", "--save", folder)
     first, last = (float(loss) for loss in re.findall(r"step +\d+ of 10   loss (\S+) ", before))
     assert last < first - 1, before
-    after = run_step(1, "--steps", "1", "--resume", folder)
+    after = trained("train_step", 1, "--steps", "1", "--resume", folder)
     found, wanted = re.findall(r"held-out loss (\S+); it was (\S+) when saved", after)[0]
     assert abs(float(found) - float(wanted)) < 1e-3 and "after 11 steps" in after, after
     # As after ten steps of the schedule and one more, not as after the first.
     assert "learning rate 1.8e-03" in after, after
 
 
-def run_pipeline(ranks: int, *arguments: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["examples/pipeline.py", "--lowering", "eager", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.distributed
 def test_a_pipeline_trains_and_goes_on_as_something_else(tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
-    before = run_pipeline(2, "--steps", "6", "--save", folder)
+    before = trained("pipeline", 2, "--steps", "6", "--save", folder)
     first, last = (float(loss) for loss in re.findall(r"step +\d+ of 6   loss (\S+) ", before))
     assert last < first - 1, before
     held = [float(h) for h in re.findall(r"held by the ranks: (\S+), (\S+) MiB", before)[0]]
-    after = run_pipeline(1, "--steps", "1", "--pp", "1", "--resume", folder)
+    after = trained("pipeline", 1, "--steps", "1", "--pp", "1", "--resume", folder)
     [now] = [float(loss) for loss in re.findall(r"step +7 of 7   loss (\S+) ", after)]
     assert abs(now - last) < 0.5, (before, after)
     [whole] = [float(h) for h in re.findall(r"held by the ranks: (\S+) MiB", after)]

@@ -31,7 +31,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from autodist.passes.analysis.fusion import storages, tensors
-from autodist.passes.graph import is_view, num_bytes, output_of
+from autodist.passes.graph import behind, is_view, num_bytes, output_of
 from autodist.runtime import compat
 from autodist.runtime.compat import tree_leaves
 
@@ -265,14 +265,7 @@ class Chain:
 
     def _behind(self, node: Node) -> set[Node]:
         """``node`` and what it is made from, up to the chain."""
-        found: set[Node] = set()
-        frontier = [node]
-        while frontier:
-            node = frontier.pop()
-            if node not in found and node not in self.position:
-                found.add(node)
-                frontier += node.all_input_nodes
-        return found
+        return behind([node], self.position)
 
 
 def _viewed(node: Node) -> Node | None:

@@ -33,11 +33,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from autodist.passes.analysis.chunks import joined
 from autodist.passes.analysis.placement import Axis, PlacementError, Propagation, Shard, Value
-from autodist.passes.graph import insert, output_of, where
+from autodist.passes.graph import behind, insert, output_of, part_of, where
 from autodist.runtime import axis, compat
 
 _aten = torch.ops.aten
@@ -75,11 +75,7 @@ class Rows(Axis):
         self.parts.append((part, shard))
         if len(self.parts) <= len(self.met):
             return self.met[len(self.parts) - 1]
-        if shard is None:
-            return torch.empty_like(part)
-        shape = [*part.shape]
-        shape[shard.dim] = shard.outer * shard.length
-        return part.new_empty(shape)
+        return _like(part, shard)
 
     def whole(self, value: Value) -> Tensor:
         if not value.sharded:
@@ -257,7 +253,6 @@ def microbatch(
     weights: set[str],
     wanted: int,
     group: str,
-    outputs: int | None = None,
 ) -> Microbatch:
     """The program of one of at most ``wanted`` microbatches of a functional program on static ``fakes``.
 
@@ -319,6 +314,7 @@ def _device(fakes: Sequence[Any]) -> torch.device:
 
 
 def _like(part: Tensor, shard: Shard | None) -> Tensor:
+    """A value like the one that a request is met with."""
     if shard is None:
         return torch.empty_like(part).detach()
     shape = [*part.shape]
@@ -383,26 +379,14 @@ def _before(
     shard: Shard | None,
 ) -> Prologue:
     """The program of a request that depends on the batch alone."""
-    needed, frontier = set(), [part]
-    while frontier:
-        node = frontier.pop()
-        if node not in needed:
-            needed.add(node)
-            frontier += node.all_input_nodes
+    needed = behind([part])
     number = {n: i for i, n in enumerate(inputs)}
     taken = [n for n in inputs if n in needed]
     own_inputs, earlier = [n for n in taken if n not in met], [n for n in taken if n in met]
-    graph, env = Graph(), dict[Node, Node]()
-    for node in (*own_inputs, *earlier):
-        env[node] = graph.placeholder(node.name)
-        env[node].meta = dict(node.meta)
-    for node in traced.graph.nodes:
-        if node in needed and node not in env:
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(env[part])
+    program = part_of(traced, (*own_inputs, *earlier), needed, part)
     # The last two inputs count from the end.
     mine = tuple(number[n] if number[n] < own else number[n] - len(inputs) for n in own_inputs)
-    return Prologue(GraphModule(traced, graph), mine, tuple(met[n] for n in earlier), shard)
+    return Prologue(program, mine, tuple(met[n] for n in earlier), shard)
 
 
 # --- what follows a sum -----------------------------------------------------------------------------------
