@@ -873,6 +873,10 @@ GRADIENT_SCALING = frozenset({torch._amp_foreach_non_finite_check_and_unscale_})
 """What ``torch.amp.GradScaler`` asks of gradients: to unscale them and say whether one is not finite."""
 
 
+FOREACH_NORM = torch._foreach_norm
+"""What ``torch.nn.utils.clip_grad_norm_`` takes the norms of gradients with."""
+
+
 def has_gradient_hooks(tensor: torch.Tensor) -> bool:
     """Whether anything is to be called with, or after, the gradient of ``tensor``."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)

@@ -61,7 +61,7 @@ _NORMS = {
     torch.linalg.norm,
     torch.norm,
     Tensor.norm,
-    torch._foreach_norm,
+    compat.FOREACH_NORM,
 }
 
 

@@ -1307,6 +1307,50 @@ def test_gradient_scaling_asks_what_is_known() -> None:
     assert compat.GRADIENT_SCALING.intersection(asked)
 
 
+def test_clipping_takes_norms_by_the_list() -> None:
+    asked = []
+
+    class Asks(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            asked.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2).as_subclass(Asks)
+    nn.utils.clip_grad_norm_([parameter], 1.0, foreach=True)
+    assert compat.FOREACH_NORM in asked
+
+
+def test_a_fake_is_made_again_on_another_device() -> None:
+    mode = compat.FakeTensorMode()
+    with mode:
+        fake = torch.empty(3, 4).t()
+    moved = compat.fake_like(mode, fake, torch.device("meta"))
+    assert isinstance(moved, compat.FakeTensor) and moved.fake_mode is mode
+    assert (moved.shape, moved.stride(), moved.device.type) == (fake.shape, fake.stride(), "meta")
+
+
+def test_warnings_that_are_logged_once_break_no_graph() -> None:
+    from transformers.utils import logging
+
+    logger = logging.get_logger("autodist.tests")
+
+    def warns(x: torch.Tensor) -> torch.Tensor:
+        logger.warning_once("once")
+        return x + 1
+
+    before = set(torch._dynamo.config.ignore_logging_functions)
+    try:
+        first = compat.ignore_logged_warnings()
+        assert first == (logging.warning_once not in before) and not compat.ignore_logged_warnings()
+        torch.compile(warns, backend="eager", fullgraph=True)(torch.ones(2))
+    finally:
+        torch._dynamo.config.ignore_logging_functions.clear()
+        torch._dynamo.config.ignore_logging_functions.update(before)
+        torch._dynamo.reset()
+
+
 def test_a_part_is_compiled_with_the_strides_of_its_values() -> None:
     """Forward and backward of a stage are compiled apart: the one must find what the other saves as told."""
     mode = compat.FakeTensorMode()
