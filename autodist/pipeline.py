@@ -43,6 +43,7 @@ from autodist.logs import log
 from autodist.passes.analysis.bottleneck import Terms
 from autodist.passes.analysis.chain import Inputs
 from autodist.passes.analysis.microbatches import Microbatch, microbatch
+from autodist.passes.analysis.placement import PlacementError
 from autodist.passes.analysis.stages import Setting, StageError, StagePlan, partition, priced
 from autodist.passes.base import Phase, run_passes
 from autodist.passes.capture import RETURNED, Core, core_of
@@ -133,7 +134,8 @@ class Cut:
     """A program cut for inputs of given sizes.
 
     ``names`` are those of the microbatch program's inputs in the stages, in the order of
-    :class:`Microbatch`'s; ``kept`` are outputs that stay in pieces of sequences.
+    :class:`Microbatch`'s; ``shapes`` are like its combined results, ``kept`` outputs that stay in pieces of
+    sequences.
     """
 
     batch: Microbatch
@@ -180,7 +182,7 @@ def _cut(
     wanted = plan.microbatches or _PER_RANK * plan.pp
     made = microbatch(graph, fakes, weights, wanted, compat.mesh_group_name(job.pipeline))
     _note_numbers(made.graph, fakes)
-    shapes = tuple(n.meta["val"] if isinstance(n, Node) else n for n in output_of(graph).args[0])  # type: ignore[union-attr]
+    shapes = _shapes(graph) + _shapes(made.graph)[len(_shapes(graph)) :]
     loss = _loss_of(made, program) if program.trains else None
     _detach_others(made.graph, loss)
     returned = _as_captured(made.graph, program)
@@ -220,6 +222,10 @@ def _owning_stages(owned: Mapping[str, Sequence[int]], pp: int, stages: int) -> 
     return {name: {s for s in range(stages) if s % pp in places} for name, places in owned.items()}
 
 
+def _shapes(graph: GraphModule) -> tuple[Any, ...]:
+    return tuple(n.meta["val"] if isinstance(n, Node) else n for n in output_of(graph).args[0])  # type: ignore[union-attr]
+
+
 def _static(
     program: Captured, values: Sequence[Any], mode: compat.FakeTensorMode
 ) -> tuple[GraphModule, list[Any]]:
@@ -256,11 +262,14 @@ def _loss_of(made: Microbatch, program: Captured) -> int:
     weights = {inputs[i] for i in program.parameters if i not in program.frozen}
     differentiable = _differentiable(made.graph, weights)
     outputs: Sequence[Any] = output_of(made.graph).args[0]  # type: ignore[assignment]
-    for index, (node, result) in enumerate(zip(outputs, made.results, strict=True)):
+    own = len(outputs) - (0 if made.late is None else made.late.taken)
+    for index, (node, result) in enumerate(zip(outputs[:own], made.results, strict=False)):
         value = node.meta.get("val") if isinstance(node, Node) else None
         scalar = isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point()
         if scalar and (result.kind == "sum" or made.count == 1) and node in differentiable:
             return index
+    if made.late is not None:
+        raise PlacementError(made.late.why)
     raise PipelineError(
         "no output of the compiled program is a loss: one number that the parameters are trained by. A "
         "pipeline makes the backward of each microbatch itself, so the loss belongs into the compiled "
@@ -588,6 +597,7 @@ class _Compiled:
                 torch.empty(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, Tensor) else x
                 for x in self.cut.shapes
             ]
+            made = self.cut.batch.finished(made)
         return made, [None] * trained
 
     # What stages take.
@@ -708,7 +718,7 @@ class _Compiled:
         results: list[Any] = list(self.cut.shapes)
         ranks, pp = compat.group_ranks(self.owner.group), self.job.plan.pp
         for index, whole in enumerate(self.cut.shapes):
-            if not isinstance(whole, Tensor):
+            if not isinstance(whole, Tensor) or batch.results[index].kind == "late":
                 continue
             stage, at = made_by[index]
             if self._is_withheld(index, whole):
@@ -721,7 +731,8 @@ class _Compiled:
             if not compat.is_fake_group(self.owner.group):
                 dist.broadcast(value, ranks[stage % pp], group=compat.process_group(self.owner.group))
             results[index] = value
-        return results
+        with torch.no_grad():
+            return batch.finished(results)
 
     def _is_withheld(self, index: int, whole: Tensor) -> bool:
         """Of results with rows, those of up to a number a token are sent to all ranks; larger ones follow

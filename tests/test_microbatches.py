@@ -121,6 +121,8 @@ def in_microbatches(
         names = core.graph.graph.find_nodes(op="placeholder")
         weights = {n.name for n, p in zip(names, places, strict=True) if isinstance(inputs[p], nn.Parameter)}
         found = microbatch(core.graph, core.fakes, weights, count, "")
+        if found.late is not None and found.results[0].kind == "late":  # it cannot be differentiated
+            raise PlacementError(found.late.why)
         made.append(found)
 
         def run(*arguments: Any) -> tuple[Any, ...]:
@@ -155,7 +157,8 @@ def combined(found: Microbatch, values: Sequence[Any]) -> list[Any]:
         found.graph(*(given(i, m) for i in range(len(values))), *met, seed, torch.tensor(m * found.rows))
         for m in range(found.count)
     ]
-    return [r.combined([e[i] for e in every]) for i, r in enumerate(found.results)]
+    own = [r.combined([e[i] for e in every]) for i, r in enumerate(found.results)]
+    return found.finished(own)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -173,6 +176,33 @@ def test_losses(name: str) -> None:
         assert gradients.keys() == expected.keys()
         for parameter, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-6, msg=parameter)
+
+
+def test_metrics_of_whole_sums() -> None:
+    """What is not linear in a sum is made once, after the last microbatch, if it is no part of the loss."""
+
+    def measured(model: Tokens, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        logits = model(x)
+        loss = cross_entropy(logits, y)
+        spread = logits.square().mean().sqrt() / (loss + model.cls.square().sum()) + (y != -100).sum()
+        return loss, loss.detach().exp(), loss > 2, spread, (logits.argmax(-1) == y).float().mean().round()
+
+    model, batch = Tokens(), (ids(), labels())
+    wanted = measured(model, *batch)
+    gradients = torch.autograd.grad(wanted[0], list(model.parameters()))
+    outputs: list[Any] = []
+
+    def loss_of(model: Tokens, x: Tensor, y: Tensor) -> Tensor:
+        outputs[:] = measured(model, x, y)
+        return outputs[0]
+
+    for count in (3, 7):
+        _, found, made = in_microbatches(loss_of, model, batch, count)
+        kinds = [r.kind for r in made.results]
+        assert kinds.count("late") == 4 and kinds[0] == "sum"
+        torch.testing.assert_close(tuple(outputs), wanted)
+        for (name, _), gradient in zip(model.named_parameters(), gradients, strict=True):
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_an_axis_that_is_as_long_as_the_batch() -> None:
@@ -210,6 +240,9 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "sum beside rows": (lambda m, x, y: (m(x).mean() + y).float().mean(), "not linear"),
     "sum times rows": (lambda m, x, y: (m(x).mean((0, 1)) * F.one_hot(x, CLASSES)).mean(), "not linear"),
     "centred": (lambda m, x, y: ((m(x) - m(x).mean(0)) * y[..., None]).mean(), "not linear"),
+    "rows beside late": (
+        lambda m, x, y: (m(x).square().mean().detach().sqrt() * m(x)).mean(), "not linear"
+    ),
     "noise": (lambda m, x, y: (m(x) + torch.randn(ROWS, LENGTH, CLASSES)).square().mean(), "random"),
 }
 

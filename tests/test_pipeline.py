@@ -486,10 +486,9 @@ def test_what_is_added_to_a_mean_counts_once() -> None:
     run_ranks(regularised, 2)
 
 
-
-
 class Partly(nn.Module):
-    """The first layers are frozen, a weight is used by what is not the loss, and one by nothing."""
+    """The first layers are frozen, a weight is used by what is not the loss, and one by nothing; what is not
+    linear in the loss is returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -498,10 +497,11 @@ class Partly(nn.Module):
         for layer in self.layers[:4]:
             layer.requires_grad_(False)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for layer in self.layers:
             x = layer(x).tanh()
-        return self.beside(x), x.square().mean()
+        loss = x.square().mean()
+        return self.beside(x), loss, loss.detach().exp(), loss > 0.1
 
 
 def partly() -> None:
@@ -512,10 +512,11 @@ def partly() -> None:
         reference = copy.deepcopy(model)
         x = torch.randn(8, 6)
         options = {**EAGER, "pp": 2, "schedule": schedule, "outputs": "gathered"}
-        shown, loss = torch.compile(model, backend="autodist", options=options)(x)
+        shown, loss, *metrics = torch.compile(model, backend="autodist", options=options)(x)
         loss.backward()
-        wanted_shown, wanted = reference(x)
+        wanted_shown, wanted, *wanted_metrics = reference(x)
         wanted.backward()
+        torch.testing.assert_close(metrics, wanted_metrics)
         assert error(loss, wanted) < TOLERANCE and error(shown, wanted_shown) < TOLERANCE
         check(model, reference, "gradient")
         with pytest.raises(StageGradientError):

@@ -17,11 +17,15 @@ What a rule wants of the whole batch is a *request*. There are two ways to meet 
                  results are added up, and so are their gradients. What is added to a part and is the same
                  in every microbatch is divided by M.
 
+What is not linear in such a sum, and leads to results alone that nothing is differentiated through (the
+perplexity of a loss), is *late*: computed once, of the whole sums, after the last microbatch.
+
 Everything else mixes microbatches (the statistics of a batch norm, products of two means), and is refused by
 name: made in microbatches it would be another function.
 
 Invariant: with ``f_i`` the program on microbatch i, ``sum_i f_i = f`` for outputs that are sums, ``f_i`` are
-the rows of ``f`` for outputs that have rows, and ``sum_i grad f_i = grad f``.
+the rows of ``f`` for outputs that have rows, and ``sum_i grad f_i = grad f``. Late outputs are functions of
+such outputs.
 """
 
 from __future__ import annotations
@@ -199,10 +203,10 @@ class Prologue:
 
 @dataclass(frozen=True)
 class Result:
-    """How an output comes from the microbatches': the ``sum``, the ``rows`` joined, or the ``same`` in
-    all."""
+    """How an output comes from the microbatches': the ``sum``, the ``rows`` joined, the ``same`` in all, or
+    ``late``, from others: no microbatch has it."""
 
-    kind: Literal["sum", "rows", "same"]
+    kind: Literal["sum", "rows", "same", "late"]
     shard: Shard | None = None
 
     def combined(self, parts: Sequence[Tensor]) -> Tensor:
@@ -214,12 +218,23 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Late:
+    """The outputs numbered ``places``, made by ``graph`` of the last ``taken`` results. ``why`` says what of
+    them is not linear."""
+
+    graph: GraphModule
+    places: tuple[int, ...]
+    taken: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Microbatch:
     """The program of one microbatch.
 
     ``graph`` takes the whole program's inputs (those in ``batched`` as rows), then values of ``prologue``'s
     requests, then ``seed`` and ``first`` (the number of the microbatch's first row). It returns what the
-    whole program returns, each as ``results`` says.
+    whole program returns (None for what is late), then what ``late`` takes, each as ``results`` says.
     """
 
     graph: GraphModule
@@ -229,6 +244,17 @@ class Microbatch:
     batched: tuple[int, ...]
     prologue: tuple[Prologue, ...]
     results: tuple[Result, ...]
+    late: Late | None = None
+
+    def finished(self, results: Sequence[Any]) -> list[Any]:
+        """What the whole program returns, from the combined ``results``."""
+        if self.late is None:
+            return list(results)
+        own = len(results) - self.late.taken
+        found, made = list(results[:own]), self.late.graph(*results[own:])
+        for place, value in zip(self.late.places, made, strict=True):
+            found[place] = value
+        return found
 
     def pieces(self, whole: Tensor) -> list[Tensor]:
         """A batched input's rows for each microbatch."""
@@ -355,19 +381,40 @@ def _resolved(
         from_weights |= _depend_on(traced, {part.name})
     output.args = (outputs,)
     varying = _depend_on(traced, {inputs[i].name for i in (*batched, -1)})
-    _Linear(traced, count, partial, varying).check()
+    linear = _Linear(traced, count, partial, varying)
+    linear.check()
     # What became part of the sum in the course of that is one too.
     outputs = list(output.args[0])  # type: ignore[arg-type]
-    sums = _depend_on(traced, {n.name for n in partial})
-    kinds = tuple(
+    sums = _depend_on(traced, {n.name for n in partial}) - linear.late
+    kinds = [
         Result("sum") if o in sums and r.kind == "same" else r for o, r in zip(outputs, results, strict=True)
-    )
+    ]
+    late = _late(traced, outputs, kinds, sums, linear)
+    output.args = (outputs,)
     for asked in inputs[own:-2]:
         if asked not in met:
             body.erase_node(asked)
     body.eliminate_dead_code()
     traced.recompile()
-    return Microbatch(traced, count, rows, batch, batched, tuple(prologue), kinds)
+    return Microbatch(traced, count, rows, batch, batched, tuple(prologue), tuple(kinds), late)
+
+
+def _late(
+    traced: GraphModule, outputs: list[Any], kinds: list[Result], sums: set[Node], linear: _Linear
+) -> Late | None:
+    """Take what is late out of ``traced``: ``outputs`` and their ``kinds`` become those of the rest."""
+    places = tuple(i for i, o in enumerate(outputs) if isinstance(o, Node) and o in linear.late)
+    if not places:
+        return None
+    needed = behind([outputs[i] for i in places])
+    made = {n for n in needed if n in linear.late or n.op == "get_attr"}
+    taken = [n for n in traced.graph.nodes if n not in made and any(u in made for u in n.users)]
+    program = part_of(traced, taken, made, [outputs[i] for i in places])
+    for place in places:
+        outputs[place], kinds[place] = None, Result("late")
+    outputs += taken
+    kinds += [Result("sum" if n in sums else "same") for n in taken]
+    return Late(program, places, len(taken), linear.why)
 
 
 def _before(
@@ -412,48 +459,57 @@ _QUOTIENTS = {_aten.div.Tensor, _aten.div.Scalar}
 
 @dataclass
 class _Linear:
-    """Walks what follows sums, and divides by ``count`` what is added to them in every microbatch."""
+    """Walks what follows sums, and divides by ``count`` what is added to them in every microbatch.
+
+    ``late`` are the nodes that need whole sums, and ``why`` says so of the first."""
 
     graph: GraphModule
     count: int
     partial: set[Node]
     varying: set[Node]
     """What depends on the rows of the microbatch at hand."""
+    late: set[Node] = field(default_factory=set)
+    why: str = ""
 
     def check(self) -> None:
         for node in list(self.graph.graph.nodes):
-            of = [n for n in node.all_input_nodes if n in self.partial]
-            if not of or node.op == "output":
+            if node.op == "output":
                 continue
-            if node not in self.partial:
-                self._follow(node)
-                self.partial.add(node)
-            elif any(n is not node for n in of):
-                self._follow(node)  # a sum of a sum
+            of = [n for n in node.all_input_nodes if n in self.partial]
+            after = any(n in self.late for n in node.all_input_nodes)
+            if after or (of and (node not in self.partial or any(n is not node for n in of))):
+                self._follow(node, after)
 
-    def _follow(self, node: Node) -> None:
+    def _follow(self, node: Node, after: bool) -> None:
+        if any(n in self.varying - self.partial - self.late for n in node.all_input_nodes):
+            raise PlacementError(self._refusal(node))  # every row would need the whole sum
+        if not after and self._is_linear(node):
+            self.partial.add(node)
+            return
+        if node in self.partial:
+            raise PlacementError(self._refusal(node))  # a sum over rows of what needs the whole
+        self.late.add(node)
+        self.why = self.why or self._refusal(node)
+
+    def _is_linear(self, node: Node) -> bool:
+        """And divides what it adds to the sum."""
         target, args = node.target, node.args
-        if any(n in self.varying and n not in self.partial for n in node.all_input_nodes):
-            self._refuse(node)  # every row would need the whole sum
         mine = [a in self.partial if isinstance(a, Node) else False for a in args]
         if target in _ALONE and mine[0] and sum(mine) == 1:
-            if not _to_whole_numbers(node):
-                return
-        elif target in _SUMS and len(args) >= 2:
+            return not _to_whole_numbers(node)
+        if target in _SUMS and len(args) >= 2:
             added = [a if m else self._share(node, a) for a, m in zip(args[:2], mine, strict=False)]
             node.args = (*added, *args[2:])
-            return
-        elif target in _LISTS:
+            return True
+        if target in _LISTS:
             parts: Any = args[0]
             node.args = ([a if a in self.partial else self._share(node, a) for a in parts], *args[1:])
-            return
+            return True
         scaled = target in _PRODUCTS and sum(mine[:2]) == 1
-        if scaled or (target in _QUOTIENTS and mine[:2] == [True, False]):
-            return
-        self._refuse(node)
+        return scaled or (target in _QUOTIENTS and mine[:2] == [True, False])
 
-    def _refuse(self, node: Node) -> None:
-        raise PlacementError(
+    def _refusal(self, node: Node) -> str:
+        return (
             f"node '{node.name}' ({where(node)}): {node.target} is not linear in a sum over the batch, which "
             f"is known only when all {self.count} microbatches are done (a statistic of the batch that the "
             "model goes on with, or a product of two). Use microbatches=1, or a plan without pp."
