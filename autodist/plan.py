@@ -49,10 +49,9 @@ class Plan:
                 stages a rank, arXiv:2104.04473) or "zero-bubble" (gradients of weights fill the gaps,
                 arXiv:2401.10241).
     stages:     pieces that the model is cut into, a multiple of ``pp``; None for ``pp``, or twice that where
-    the
-                schedule can use it.
-    cuts:       path of a JSON file with the cuts between stages, as ``autodist inspect`` shows them; None to
-                have them chosen.
+                the schedule can use it.
+    cuts:       path of a JSON file with the cuts between stages, as the artifacts have them: names of nodes,
+                or of the modules that stages begin with; None to have them chosen.
     outputs:    what becomes of large results that are sharded over sequences (logits): "withheld" gives
                 a stand-in that says so when it is used, "gathered" the whole, "sharded" a DTensor.
     strict:     refuse a program with an operator for which sequences would have to be gathered.

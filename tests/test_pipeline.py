@@ -392,6 +392,11 @@ def test_the_stages_are_shown(tmp_path: Path) -> None:
             CASES["llama_tied"].build, lambda: token_batch(8, 16),
             autodist.Plan(pp=2, cuts=str(edited)), 2, None,
         )  # fmt: skip
+    edited.write_text(json.dumps({"cuts": ["model.layers.1"]}))
+    plan = autodist.Plan(pp=2, cuts=str(edited))
+    job = dry_run(CASES["llama_tied"].build, lambda: token_batch(8, 16), plan, 2, None)
+    assert job.cut is not None and job.cut.why[0].startswith("asked for")
+    assert any(n.startswith("model.layers.1.") for n in job.cut.stages[1].parameters)
 
 
 # --- what is refused -----------------------------------------------------------------------------------

@@ -199,8 +199,8 @@ def priced(
     *,
     owners: Mapping[str, Collection[int]] | None = None,
 ) -> StagePlan:
-    """The plan whose stages begin at the nodes ``cuts``. Raises :class:`StageError` where none can begin, or
-    a stage takes more memory than there is."""
+    """The plan whose stages begin at the nodes ``cuts``, or at modules of these names. Raises
+    :class:`StageError` where none can begin, or a stage takes more memory than there is."""
     program = _Program(graph, inputs, len(cuts) + 1, setting, owners or {})
     ends = boundaries(program.chain, cuts)
     pins = program.pins(cuts, ())
@@ -211,7 +211,7 @@ def priced(
 
 
 def boundaries(chain: Chain, cuts: Sequence[str]) -> list[int]:
-    """The boundaries of stages that begin at the nodes ``cuts``, with both ends of the chain.
+    """The boundaries of stages that begin at the nodes or modules ``cuts``, with both ends of the chain.
 
     Raises :class:`StageError` for a node that is not there or that no stage can begin at, and for nodes out
     of order.
@@ -229,10 +229,15 @@ def boundaries(chain: Chain, cuts: Sequence[str]) -> list[int]:
 def _boundary(chain: Chain, name: str) -> int:
     nodes = {n.name: n for n in chain.order}
     node = nodes.get(name)
+    if node is None and (first := _before_module(chain, name)) is not None:
+        node = chain.nodes[first]
     if node is None:
         close = difflib.get_close_matches(name, [n.name for n in chain.nodes], 3)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise StageError(f"a stage cannot begin at '{name}': the program has no such node{hint}")
+        raise StageError(
+            f"a stage cannot begin at '{name}': the program has no such node, and reads no parameter of a "
+            f"module of this name{hint}"
+        )
     if node not in chain.position:
         kind = "is made again in every stage that reads it" if node.op == "call_function" else "is an input"
         after = next((n.name for n in chain.nodes if chain.order[n] > chain.order[node]), None)
@@ -244,6 +249,21 @@ def _boundary(chain: Chain, name: str) -> int:
     if at in chain.closed:
         raise StageError(f"a stage cannot begin at '{name}' ({where(node)}): {_tuple(chain.closed[at])}")
     return at
+
+
+def _before_module(chain: Chain, name: str) -> int | None:
+    """The boundary before the module (or parameter) ``name``: between the last use of another's parameter and
+    the first use of one of its own, where the least crosses."""
+    own: list[bool] = []
+    for position in range(len(chain.nodes)):
+        names = [n for n in map(chain.parameter, chain.needs(position)) if n is not None]
+        mine = any(n == name or n.startswith(f"{name}.") for n in names)
+        if mine:
+            before = max((i + 1 for i, other in enumerate(own) if other), default=0)
+            room = [b for b in range(before, position + 1) if b not in chain.closed]
+            return min(room, key=lambda b: sum(num_bytes(c.node) for c in chain.crossing(b)))
+        own.append(bool(names))
+    return None
 
 
 def _tuple(node: Node) -> str:
