@@ -1,6 +1,7 @@
 """Train one model in several ways, side by side, and report seconds, bytes and losses.
 
-``python -m benchmarks.compare`` from the root of the repository, or ``... compare sequence``;
+``python -m benchmarks.compare`` from the root of the repository, or ``... compare sequence`` or
+``... compare pipeline``;
 README.md beside this file says how to read the result. A *suite* is one question: what is trained
 and in which ways. Variants are interleaved: every round runs each of them once, each round
 beginning with another one, so that a machine's moods fall on all alike.
@@ -20,13 +21,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from rich.console import Console
 
-from benchmarks import allocator, report, sequence
+from benchmarks import allocator, report, sequence, stages
 from benchmarks.launch import RunFailedError, run_once
 from benchmarks.variants import VARIANTS, Variant
 from benchmarks.workload import Workload
@@ -39,7 +40,7 @@ _LONG = Workload(hidden=256, layers=4, heads=8, kv_heads=2, intermediate=688, ba
 class Suite:
     """``reference`` is the variant that ratios refer to, ``metrics`` are the columns of the report.
 
-    ``shared``: all ranks train on one batch and split its sequences.
+    ``shared``: what all ranks train on one batch and split: its "sequence", or the model into "stages".
     """
 
     variants: dict[str, Variant]
@@ -47,7 +48,7 @@ class Suite:
     quick: Workload
     reference: str
     metrics: tuple[str, ...]
-    shared: bool = False
+    shared: Literal["sequence", "stages"] | None = None
 
 
 SUITES = {
@@ -58,7 +59,15 @@ SUITES = {
         replace(_QUICK, kv_heads=2),
         "single-compile",
         report.SEQUENCE,
-        shared=True,
+        shared="sequence",
+    ),
+    "pipeline": Suite(
+        stages.VARIANTS,
+        stages.WORKLOAD,
+        replace(_QUICK, batch=8),
+        "torch-equal-layers",
+        report.PIPELINE,
+        shared="stages",
     ),
 }
 _RESULTS = Path(__file__).parent / "results"
@@ -107,13 +116,14 @@ def main(
     workload = replace(
         asked.quick if quick else asked.workload,
         ranks=ranks,
-        sp=ranks if asked.shared else 1,
+        sp=ranks if asked.shared == "sequence" else 1,
+        pp=ranks if asked.shared == "stages" else 1,
         device=device,
         threads=threads or max(1, (os.cpu_count() or 1) // ranks),
         **{name: size for name, size in sizes.items() if size is not None},
     )
     _check(workload)
-    if asked.shared:
+    if asked.shared == "sequence":
         _check_shares(workload)
     chosen, notes = choose(variants or ",".join(asked.variants), asked.variants)
     facts = _facts(suite, workload, 1 if quick else rounds)
@@ -192,7 +202,7 @@ def _run_rounds(
             for variant in names[start:] + names[:start]:
                 if variant in failures:
                     continue
-                own = replace(workload, ranks=1, sp=1) if variants[variant].alone else workload
+                own = replace(workload, ranks=1, sp=1, pp=1) if variants[variant].alone else workload
                 try:
                     run = run_once(variant, own, library, timeout)
                 except RunFailedError as error:

@@ -51,8 +51,9 @@ METRICS = {
     "gathered": Metric("all-gather", "MiB", 2, _sent("all-gather"), compared=False),
     "reduced": Metric("reductions", "MiB", 2, _sent("all-reduce", "reduce-scatter"), compared=False),
 }
-# Those of a report on sharding, and of one on splitting a sequence.
+# Those of a report on sharding, of one on stages, and of one on splitting a sequence.
 SHARDING = ("step", "cpu", "peak", "live", "warm_up")
+PIPELINE = ("tokens", "cpu", "peak", "live", "warm_up")
 SEQUENCE = ("tokens", "cpu", "activations", "live", "all_to_all", "gathered", "reduced", "warm_up")
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import memory_variants, sequence
+from benchmarks import memory_variants, sequence, stages
 from benchmarks.allocator import CpuCounter, CudaCounter, MemoryCounter
 from benchmarks.traffic import sent_bytes
 from benchmarks.variants import VARIANTS, Step
@@ -66,7 +66,7 @@ def _timed(step: Step, tokens: Tensor, device: str) -> tuple[float, float, float
 
 def train(variant: str, workload: Workload, memory: MemoryCounter) -> Measurement:
     """Train and measure; the same result on every rank."""
-    build = (VARIANTS | sequence.VARIANTS | memory_variants.VARIANTS)[variant].build
+    build = (VARIANTS | sequence.VARIANTS | stages.VARIANTS | memory_variants.VARIANTS)[variant].build
     model = workload.model()
     parameters = sum(p.numel() for p in model.parameters())
     step = build(model, workload)

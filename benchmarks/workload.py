@@ -20,7 +20,7 @@ WARM_UP_STEPS = 3  # the first compiles, the second may compile again for what t
 class Workload:
     """Sizes of a Llama (untied) and of its training.
 
-    ``batch`` sequences of ``sequence`` tokens a step for every ``sp`` ranks, which share them;
+    ``batch`` sequences of ``sequence`` tokens a step for every ``sp`` or ``pp`` ranks, which share them;
     ``steps`` are measured, after ``WARM_UP_STEPS``; ``threads`` is what one rank computes with;
     ``kv_heads`` of 0 means as many as ``heads``. ``dtype`` is that of parameters and activations,
     ``budget`` what a variant that saves memory is given.
@@ -37,6 +37,7 @@ class Workload:
     steps: int = 10
     ranks: int = 2
     sp: int = 1
+    pp: int = 1
     threads: int = 1
     device: str = "cpu"
     dtype: str = "float32"
@@ -45,7 +46,7 @@ class Workload:
     @property
     def step_tokens(self) -> int:
         """Tokens that all ranks together train on in a step."""
-        return self.batch * self.sequence * self.ranks // self.sp
+        return self.batch * self.sequence * self.ranks // (self.sp * self.pp)
 
     @property
     def ulysses_bytes(self) -> int:
@@ -83,7 +84,7 @@ class Workload:
 
     def tokens(self, rank: int) -> list[Tensor]:
         """One tensor [batch, sequence] for each step, and one more; the same on ranks that share it."""
-        generator = torch.Generator().manual_seed(SEED + 1 + rank // self.sp)
+        generator = torch.Generator().manual_seed(SEED + 1 + rank // (self.sp * self.pp))
         shape = (WARM_UP_STEPS + self.steps + 1, self.batch, self.sequence)
         drawn = torch.randint(0, self.vocab, shape, generator=generator)
         return list(drawn.to(self.device).unbind())

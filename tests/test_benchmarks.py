@@ -229,6 +229,20 @@ def test_a_pipelines_bubble_and_overhead_are_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.thorough
+def test_the_comparison_of_stages_runs(tmp_path: Path) -> None:
+    """Stages by hand, equal layers and the chosen cut train the same model."""
+    pytest.importorskip("transformers")
+    variants = "torch-equal-layers,autodist-pp-equal-layers"
+    arguments = ["pipeline", "--quick", "--steps", "1", "--variants", variants, "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.compare", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr  # it fails where losses disagree
+    results = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert set(results["runs"]) == set(variants.split(","))
+
+
+@pytest.mark.distributed
 def test_the_comparison_of_sequences_runs(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     variants = "single,manual-ulysses-fsdp2,context-parallel-fsdp2"
