@@ -200,7 +200,8 @@ class Job:
         try:
             yield
         except Exception as error:
-            heard = isinstance(error, (DisagreementError, MissingRanksError))
+            agreed = isinstance(error, (DisagreementError, MissingRanksError))
+            heard = agreed and error.agreement in (None, self.agreement)  # type: ignore[attr-defined]
             if self.agreement is not None and not heard and not compat.restarts_tracing(error):
                 self.agreement.fail(f"{type(error).__name__}: {error}")
             raise

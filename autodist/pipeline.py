@@ -42,7 +42,7 @@ from autodist.job import Job, job_of
 from autodist.logs import log
 from autodist.passes.analysis.bottleneck import Terms
 from autodist.passes.analysis.chain import Inputs
-from autodist.passes.analysis.microbatches import Microbatch, microbatch
+from autodist.passes.analysis.microbatches import Microbatch, batch_size, microbatch, parts_of
 from autodist.passes.analysis.placement import PlacementError
 from autodist.passes.analysis.stages import Setting, StageError, StagePlan, partition, priced
 from autodist.passes.base import Phase, run_passes
@@ -179,8 +179,7 @@ def _cut(
     assert job.pipeline is not None
     placeholders = graph.graph.find_nodes(op="placeholder")
     weights = {placeholders[i].name for i in (*program.parameters, *program.buffers)}
-    wanted = plan.microbatches or _PER_RANK * plan.pp
-    made = microbatch(graph, fakes, weights, wanted, compat.mesh_group_name(job.pipeline))
+    made = microbatch(graph, fakes, weights, _microbatches(job), compat.mesh_group_name(job.pipeline))
     _note_numbers(made.graph, fakes)
     shapes = _shapes(graph) + _shapes(made.graph)[len(_shapes(graph)) :]
     loss = _loss_of(made, program) if program.trains else None
@@ -206,6 +205,11 @@ def _cut(
         kept=frozenset(one.meta.get(SHARDED_OUTPUTS, {})),
         schedule=order,
     )
+
+
+def _microbatches(job: Job) -> int:
+    """How many a batch is made in, if it has the rows."""
+    return job.plan.microbatches or _PER_RANK * job.plan.pp
 
 
 def places_of(found: Cut, program: Captured, all_names: Sequence[str], pp: int) -> dict[str, tuple[int, ...]]:
@@ -452,6 +456,7 @@ class Pipeline:
             self.same_batch.check(mine)
         if self.program.trains:
             _refuse_inputs_with_gradients(mine)
+        self._check_alike(mine)
         compiled = self.compile(values)
         trained = [values[i] for i in self.program.parameters if _trained(i, self.program)]
         if compiled.cut.loss is None:
@@ -466,6 +471,17 @@ class Pipeline:
             else x
             for i, x in enumerate(made)
         )
+
+    def _check_alike(self, batch: Sequence[Any]) -> None:
+        """Where stages gather weights for each microbatch, replicas must make as many."""
+        if self.job.dry_run or not reads_of(self.job.stage).in_program:
+            return
+        rows = batch_size([x for x in batch if isinstance(x, Tensor)])
+        _, count = parts_of(rows, _microbatches(self.job))
+        text = f"{count} {'with' if self.program.trains else 'without'} gradients"
+        doing = f"makes its batch of {rows} rows in {count} microbatches"
+        with self._watch("comparing numbers of microbatches"):
+            check_same(text, doing, self.job.stage.group, self.job.device)
 
     def _watch(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.job.monitor is None else self.job.monitor.guard(doing)
@@ -547,7 +563,6 @@ class _Compiled:
         batch, job = self.cut.batch, self.job
         if job.dry_run:
             return self._without_data(values)
-        self._check_alike()
         seed = self._seed(values)
         inputs = self._inputs(values, seed)
         one = torch.ones((), dtype=self._loss_type(), device=job.device)
@@ -561,13 +576,6 @@ class _Compiled:
         trains = self.cut.loss is not None
         gradients = self._gradients(outcome.gradients, parameters) if trains else []
         return self._results(outcome.results, batch), gradients
-
-    def _check_alike(self) -> None:
-        """Where stages gather weights for each microbatch, replicas must make as many."""
-        if reads_of(self.job.stage).in_program:
-            count = f"{self.cut.schedule.kind} of {self.cut.batch.count}"
-            doing = f"makes its batch in {self.cut.batch.count} microbatches"
-            check_same(count, doing, self.job.stage.group, self.job.device)
 
     def _executed(self, programs: Sequence[BoundStage], seed: int) -> Outcome:
         """One run; that of number ``_RECORDED`` is written down where somebody reads artifacts."""

@@ -200,7 +200,9 @@ def compile_stage(
         "num_fwd_outputs": results + len(stage.sent),
         "static_lifetime_input_indices": list(range(count)),
     }
-    forward, backward = run.split(joint, (examples, tangents), **options)
+    mode = compat.fake_mode_of(examples)
+    with contextlib.nullcontext() if mode is None else compat.compiling_in(mode):
+        forward, backward = run.split(joint, (examples, tangents), **options)
     parts = {"forward": forward}
     if splits:
         of_inputs, of_weights = _split_backward(backward, len(trained))

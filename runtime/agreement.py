@@ -54,11 +54,16 @@ _REMEDY = "Give every rank the same program, model, plan and library versions, t
 
 
 class DisagreementError(RuntimeError):
-    """Ranks would run different programs."""
+    """Ranks would run different programs. All of ``agreement``'s, if it was found there, have this error."""
+
+    agreement: Agreement | None = None
 
 
 class MissingRanksError(RuntimeError):
-    """Ranks did not come to a round in time, or failed before it."""
+    """Ranks did not come to a round in time, or failed before it. All of ``agreement``'s have this error, but
+    where their store is lost: then there is none."""
+
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,9 @@ class Agreement:
                 f"Lost the key-value store while ranks were to agree on {subject}. The process "
                 "that hosts it (rank 0, or torchrun) has ended: look at its output."
             ) from error
-        raise (MissingRanksError if verdict.kind == "missing" else DisagreementError)(sentence)
+        raised = (MissingRanksError if verdict.kind == "missing" else DisagreementError)(sentence)
+        raised.agreement = self
+        raise raised
 
     def _settle(
         self,

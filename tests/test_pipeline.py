@@ -176,6 +176,73 @@ def test_inductor_and_a_long_run() -> None:
     check_counts(run_ranks(all_trained, 2, plans, 8, 8, 8, 7, 8))
 
 
+def varied() -> None:
+    """A user's checkpoints and autocast, a plan in bf16, a program that may not break."""
+    bf16: dict[str, Any] = {"device_type": "cpu", "dtype": torch.bfloat16}
+    for options, autocast, checkpoints, tolerance in (
+        ({}, False, True, TOLERANCE),
+        # In bfloat16 products are rounded, and added up, in other parts than the whole batch's.
+        ({}, True, False, 2e-2),
+        ({"precision": "bf16"}, False, False, 2e-2),
+    ):
+        torch._dynamo.reset()
+        model = build("llama_tied")
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        reference = copy.deepcopy(model)
+        plan = {**EAGER, "pp": 2, "microbatches": 3, **options}
+        compiled = torch.compile(model, backend="autodist", options=plan, fullgraph=True)
+        given = batch("llama_tied", 0, 0, 5)
+        with torch.autocast(**bf16, enabled=autocast):
+            loss = compiled(**given).loss
+        with torch.autocast(**bf16, enabled=autocast or "precision" in options):
+            wanted = reference(**given).loss
+        loss.backward()
+        wanted.backward()
+        assert error(loss, wanted) < tolerance, (options, autocast, loss, wanted)
+        check(model, reference, "gradient", tolerance)
+
+
+@pytest.mark.distributed
+def test_variations() -> None:
+    run_ranks(varied, 2)
+
+
+def three_stages() -> None:
+    for options in ({"microbatches": 4}, {"schedule": "interleaved"}):
+        trained("llama", {"pp": 3, **options}, (7, 3))
+
+
+@pytest.mark.distributed
+def test_three_stages() -> None:
+    run_ranks(three_stages, 3)
+
+
+def uneven_replicas(zero: int) -> str:
+    """Replicas with other numbers of rows, which are other numbers of microbatches."""
+    torch._dynamo.reset()
+    model = build("llama_tied")
+    reference = copy.deepcopy(model)
+    options = {**EAGER, "pp": 2, "zero": zero, "microbatches": 4}
+    compiled = torch.compile(model, backend="autodist", options=options)
+    batches = [batch("llama_tied", 0, c, rows) for c, rows in ((0, 3), (1, 8))]
+    try:
+        compiled(**batches[dist.get_rank() // 2]).loss.backward()
+    except Exception as raised:
+        cause = getattr(raised, "inner_exception", raised)
+        return f"{type(cause).__name__}: {cause}"
+    sum((reference(**b).loss for b in batches), torch.zeros(())).div(2).backward()
+    check(model, reference, "gradient")
+    return "trained"
+
+
+@pytest.mark.distributed
+def test_replicas_with_other_numbers_of_rows() -> None:
+    assert run_ranks(uneven_replicas, 4, 1) == ["trained"] * 4
+    found = run_ranks(uneven_replicas, 4, 3)
+    assert all(re.search("makes its batch of [38] rows in [34] microbatches", text) for text in found), found
+
+
 # --- around the step -----------------------------------------------------------------------------------
 
 

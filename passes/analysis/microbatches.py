@@ -273,6 +273,12 @@ def batch_size(values: Sequence[Tensor]) -> int:
     return max(sizes, key=sizes.count, default=1)
 
 
+def parts_of(batch: int, wanted: int) -> tuple[int, int]:
+    """Rows of a microbatch, and how many there are: at most ``wanted``."""
+    rows = -(-batch // min(wanted, batch))
+    return rows, -(-batch // rows)
+
+
 def microbatch(
     graph: GraphModule,
     fakes: Sequence[Tensor],
@@ -288,8 +294,7 @@ def microbatch(
     placeholders = graph.graph.find_nodes(op="placeholder")
     own = [i for i, n in enumerate(placeholders) if n.name not in weights and isinstance(fakes[i], Tensor)]
     batch = batch_size([fakes[i] for i in own])
-    rows = -(-batch // min(wanted, batch))
-    count = -(-batch // rows)
+    rows, count = parts_of(batch, wanted)
     batched = tuple(i for i in own if count > 1 and fakes[i].ndim > 0 and fakes[i].shape[0] == batch)
     names = {placeholders[i].name for i in batched}
     local = [x.narrow(0, 0, rows).clone() if i in batched else x for i, x in enumerate(_detached(fakes))]
@@ -532,4 +537,4 @@ def _to_whole_numbers(node: Node) -> bool:
     return given.is_floating_point() and not val.is_floating_point()
 
 
-__all__ = ["Microbatch", "Prologue", "Result", "batch_size", "microbatch"]
+__all__ = ["Late", "Microbatch", "Prologue", "Result", "batch_size", "microbatch", "parts_of"]
