@@ -1,6 +1,6 @@
 # make demo      train a small Llama on 2 processes, stop, go on with 3, then with 1
-# make test      lint, types of the built package, all tests
-# make quick     the same tests without those that take longest
+# make test      lint, types of the built package, tests: about a quarter of an hour on 2 idle cores
+# make thorough  the tests that take longest: whole training runs, compiled and in many combinations
 # make compat    the tests that notice moved torch internals, on each torch of TORCHES
 # make bench     autodist beside DDP, FSDP2 and (where installed) DeepSpeed
 # make clean     remove everything the targets above made
@@ -39,7 +39,7 @@ CAN_COMPILE = import os, pathlib, shutil, sysconfig; \
 	header = pathlib.Path(sysconfig.get_path("include"), "Python.h"); \
 	print("inductor" if compiler and header.exists() else "eager")
 
-.PHONY: demo test lint types unit quick compat bench clean
+.PHONY: demo test lint types unit thorough compat bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -67,10 +67,10 @@ types: .venv/test
 	cd $(CACHE)/wheel && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p autodist
 
 unit: .venv/test
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) -m "not thorough" --durations=30
 
-quick: .venv/test
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) -m "not thorough"
+thorough: .venv/test
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) -m thorough --durations=30
 
 compat: $(TORCHES:%=.venv-torch-%/test)
 	@for torch in $(TORCHES); do \

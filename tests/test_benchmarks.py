@@ -193,6 +193,7 @@ def test_the_comparison_runs_and_sharding_halves_what_stays(tmp_path: Path) -> N
         assert min(measured["seconds"] + measured["cpu_seconds"]) > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_a_captured_step_is_compared_with_a_compiled_optimizer(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
@@ -205,6 +206,7 @@ def test_a_captured_step_is_compared_with_a_compiled_optimizer(tmp_path: Path) -
     assert set(results["runs"]) == {"fsdp2-compile-step", "autodist-step-zero3"}
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_the_overhead_of_a_captured_step_is_measured(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
@@ -242,6 +244,7 @@ def test_the_comparison_of_stages_runs(tmp_path: Path) -> None:
     assert set(results["runs"]) == set(variants.split(","))
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_the_comparison_of_sequences_runs(tmp_path: Path) -> None:
     pytest.importorskip("transformers")

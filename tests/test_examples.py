@@ -33,6 +33,7 @@ def run(bound: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_it_trains_where_one_rank_has_no_room() -> None:
     done = run("22MiB")
@@ -45,6 +46,7 @@ def test_it_trains_where_one_rank_has_no_room() -> None:
     assert peaks is not None and all(1 < float(peak) <= 22 for peak in peaks.groups()), done.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_a_bound_that_is_too_small_is_refused_before_training() -> None:
     done = run("2MiB")
@@ -126,6 +128,7 @@ def test_a_captured_step_trains_stops_and_goes_on(tmp_path: Path) -> None:
     assert "learning rate 1.8e-03" in after, after
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_a_pipeline_trains_and_goes_on_as_something_else(tmp_path: Path) -> None:
     folder = str(tmp_path / "run")

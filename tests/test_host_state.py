@@ -124,6 +124,7 @@ AMSGRAD = functools.partial(torch.optim.Adam, amsgrad=True)
 MOMENTUM = functools.partial(torch.optim.SGD, momentum=0.9)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", [MOMENTUM, AMSGRAD], ids=["sgd", "amsgrad"])
 def test_state_of_other_optimizers(make: Any) -> None:
     plain, run = Run(make), Run(make, **bounded(0.3))
@@ -155,6 +156,7 @@ def test_state_that_is_there_already_and_many_steps() -> None:
     assert pool.used == used
 
 
+@pytest.mark.thorough
 def test_copies_beside_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where copies take their time, and are made when they are waited for at the latest."""
     late = offload.Transfers(offload.HostPool(pinned=False), Delayed())
