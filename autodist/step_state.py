@@ -70,7 +70,13 @@ class Moment:
 
 @dataclass
 class State:
-    """The tensors reached from ``roots``. See the module's text for the terms."""
+    """The tensors reached from ``roots``. See the module's text for the terms.
+
+    Of a pipeline's parameters that lie elsewhere a rank has neither gradients nor moments. While a step is
+    captured they count too (:func:`autodist.step_pipeline.of_all_places`): ``gradients_elsewhere`` by the
+    parameter's number, and among ``moments``; ``values_elsewhere`` are what else optimizers keep, by
+    optimizer and parameter, or None without a pipeline.
+    """
 
     roots: Roots
     parameters: list[nn.Parameter] = field(default_factory=list)
@@ -82,6 +88,8 @@ class State:
     names: list[str] = field(default_factory=list)
     around: Surroundings = field(default_factory=lambda: Surroundings([]))
     fixed: Collection[int] = ()
+    gradients_elsewhere: Mapping[int, Tensor] = field(default_factory=dict)
+    values_elsewhere: Mapping[tuple[int, int], dict[Any, Any]] | None = None
 
     @classmethod
     def of(
@@ -253,7 +261,10 @@ class State:
 
     def gradients(self) -> list[Tensor | None]:
         """The gradient of each parameter, or None."""
-        return list(map(_gradient, self.parameters))
+        found: list[Tensor | None] = list(map(_gradient, self.parameters))
+        for number, gradient in self.gradients_elsewhere.items():
+            found[number] = gradient
+        return found
 
     def trained(self) -> list[bool]:
         """Of each parameter, whether it requires a gradient."""
@@ -286,9 +297,15 @@ class State:
                 optimizer.state = defaultdict(
                     dict, {other[id(p)]: dict(v) for p, v in optimizer.state.items() if id(p) in other}
                 )
+            for (number, parameter), values in (self.values_elsewhere or {}).items():
+                self.roots.optimizers[number].state[parameters[parameter]] = dict(values)
             for moment, tensor in zip(self.moments, moments, strict=True):
                 owner = self.roots.optimizers[moment.optimizer]
                 owner.state[parameters[moment.parameter]][moment.key] = tensor
+            if self.values_elsewhere is not None:  # in one order on all ranks
+                for optimizer in self.roots.optimizers:
+                    held = optimizer.state
+                    optimizer.state = defaultdict(dict, {p: held[p] for p in parameters if p in held})
             left = iter(rates)
             for group in self.groups:
                 group["params"] = [other[id(p)] for p in group["params"]]
