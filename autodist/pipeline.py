@@ -81,7 +81,8 @@ class Captured:
 
     ``core`` is the program without its reads of parameters. ``parameters`` maps positions among the core's
     inputs to parameters' names, ``buffers`` are the positions of the model's buffers; ``places`` are
-    positions of the core's inputs among the program's.
+    positions of the core's inputs among the program's. ``loss`` is the output that is differentiated, the
+    first that can be when None; ``returned`` are those that only the user sees, all of them when None.
     """
 
     core: Core
@@ -90,6 +91,8 @@ class Captured:
     places: tuple[int, ...]
     frozen: frozenset[int]
     trains: bool
+    loss: int | None = None
+    returned: frozenset[int] | None = None
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -198,7 +201,7 @@ def _cut(
         plan=found,
         stages=tuple(cut(core.graph, inputs, found)),
         names=names,
-        policies={**one.meta.get(POLICIES, {}), **core.policies},
+        policies={**program.core.policies, **one.meta.get(POLICIES, {}), **core.policies},
         shapes=shapes,
         loss=loss,
         kept=frozenset(one.meta.get(SHARDED_OUTPUTS, {})),
@@ -257,6 +260,8 @@ def _loss_of(made: Microbatch, program: Captured) -> int:
     differentiable = _differentiable(made.graph, weights)
     outputs: Sequence[Any] = output_of(made.graph).args[0]  # type: ignore[assignment]
     for index, (node, result) in enumerate(zip(outputs, made.results, strict=True)):
+        if program.loss not in (None, index):
+            continue
         value = node.meta.get("val") if isinstance(node, Node) else None
         scalar = isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point()
         if scalar and (result.kind == "sum" or made.count == 1) and node in differentiable:
@@ -319,7 +324,7 @@ def _as_captured(graph: GraphModule, program: Captured) -> GraphModule:
     results = [env[n] if isinstance(n, Node) else n for n in output_of(graph).args[0]]  # type: ignore[union-attr]
     made.output(tuple(results))
     found = GraphModule(graph, made)
-    found.meta[RETURNED] = frozenset(range(len(results)))
+    found.meta[RETURNED] = frozenset(range(len(results))) if program.returned is None else program.returned
     return found
 
 
@@ -408,11 +413,11 @@ class Pipeline:
         self.program, self.job = program, job
         self.parameters = dict(parameters)
         self.group = compat.mesh_group_name(job.pipeline)
-        self.compiled: dict[Any, _Compiled] = {}
+        self.compiled: dict[Any, CompiledPipeline] = {}
         self.others: dict[int, Pipeline] = {}
         self.same_batch = SameBatch(job.pipeline, job.device)
 
-    def compile(self, values: Sequence[Any]) -> _Compiled:
+    def compile(self, values: Sequence[Any]) -> CompiledPipeline:
         key = tuple(_size(values[i]) for i in self.program.batch)
         if key not in self.compiled:
             job = self.job
@@ -489,7 +494,9 @@ class _Differentiable(torch.autograd.Function):
     """The schedule as one function of the parameters: its forward makes the gradients too."""
 
     @staticmethod
-    def forward(ctx: Any, compiled: _Compiled, values: Sequence[Any], *trained: Tensor) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, compiled: CompiledPipeline, values: Sequence[Any], *trained: Tensor
+    ) -> tuple[Any, ...]:
         results, ctx.gradients = compiled.run(values)
         loss = compiled.cut.loss
         ctx.mark_non_differentiable(
@@ -518,7 +525,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 @dataclass
-class _Compiled:
+class CompiledPipeline:
     """A pipeline's programs for inputs of given sizes."""
 
     owner: Pipeline
@@ -711,7 +718,7 @@ class _Compiled:
             if not isinstance(whole, Tensor):
                 continue
             stage, at = made_by[index]
-            if self._is_withheld(index, whole):
+            if self.withholds(index):
                 results[index] = withheld(whole.shape, whole.dtype, ELSEWHERE)
                 continue
             if stage % pp == self.job.place:
@@ -723,11 +730,12 @@ class _Compiled:
             results[index] = value
         return results
 
-    def _is_withheld(self, index: int, whole: Tensor) -> bool:
+    def withholds(self, index: int) -> bool:
         """Of results with rows, those of up to a number a token are sent to all ranks; larger ones follow
         the plan."""
         if index in self.cut.kept:
             return True
+        whole = self.cut.shapes[index]
         rows = whole.ndim > 2 and whole.shape[0] == self.cut.batch.batch
         return rows and self.job.plan.outputs != "gathered"
 
@@ -736,7 +744,7 @@ def _as_gradient(parameter: DTensor, local: Tensor) -> DTensor:
     return compat.dtensor_of(local, compat.specification(parameter), False)
 
 
-def _compile(owner: Pipeline, values: Sequence[Any]) -> _Compiled:
+def _compile(owner: Pipeline, values: Sequence[Any]) -> CompiledPipeline:
     job, program = owner.job, owner.program
     run = _compilation(job)
     owned = {name: owners(p) for name, p in owner.parameters.items()}
@@ -759,7 +767,7 @@ def _compile(owner: Pipeline, values: Sequence[Any]) -> _Compiled:
         )
     write_pipeline(job, run.report.number, found.plan, {"planned": planned(found.plan, found.schedule)})
     executor = Executor(found.schedule, job.place, compat.process_group(owner.group), job.device, job.monitor)
-    return _Compiled(owner, found, stages, executor, run.report.number)
+    return CompiledPipeline(owner, found, stages, executor, run.report.number)
 
 
 def planned(plan: StagePlan, order: Schedule) -> list[list[Span]]:
@@ -916,4 +924,14 @@ def _concrete(values: Sequence[Any]) -> list[Any]:
     return [compat.size_hint(v) if isinstance(v, torch.SymInt) else v for v in values]
 
 
-__all__ = ["Pipeline", "PipelineError", "captured", "find_cut", "first_places"]
+__all__ = [
+    "Captured",
+    "CompiledPipeline",
+    "Pipeline",
+    "PipelineError",
+    "captured",
+    "find_cut",
+    "first_places",
+    "hash_of",
+    "places_of",
+]
