@@ -155,11 +155,12 @@ def find_cut(
     values: Sequence[Any],
     job: Job,
     run: Compilation,
-    owned: Mapping[str, Sequence[int]] | None,
+    *owned: Mapping[str, Sequence[int]] | None,
 ) -> Cut:
     """Cut a program for ``values`` of its core's inputs (numbers and tensors; a parameter's is not read).
 
-    ``owned`` are the places of parameters, None while nobody holds them. Raises
+    ``owned`` are the places of parameters, None while nobody holds them; where the program cannot be cut
+    with the first, with the next. Raises
     :class:`~autodist.passes.analysis.placement.PlacementError`,
     :class:`~autodist.passes.analysis.stages.StageError`.
     """
@@ -174,7 +175,7 @@ def _cut(
     program: Captured,
     job: Job,
     run: Compilation,
-    owned: Mapping[str, Sequence[int]] | None,
+    owned: Sequence[Mapping[str, Sequence[int]] | None],
 ) -> Cut:
     plan = job.plan
     assert job.pipeline is not None
@@ -194,7 +195,7 @@ def _cut(
     kind = plan.schedule if program.trains else "forward"
     order = schedule(kind, plan.pp, plan.num_stages, made.count)
     setting = _setting(job, order)
-    owning = None if owned is None else _owning_stages(owned, plan.pp, plan.num_stages)
+    owning = [None if o is None else _owning_stages(o, plan.pp, plan.num_stages) for o in owned]
     found = _chosen(core.graph, inputs, job, setting, owning, kind)
     return Cut(
         batch=made,
@@ -364,26 +365,31 @@ def _chosen(
     inputs: Inputs,
     job: Job,
     setting: Setting,
-    owned: Mapping[str, set[int]] | None,
+    owned: Sequence[Mapping[str, set[int]] | None],
     kind: str,
 ) -> StagePlan:
-    """The first rank's plan, on every rank."""
-    held = {n: s for n, s in (owned or {}).items() if n in inputs.parameters.values()}
-    owning = None if owned is None else held
+    """The first rank's plan, on every rank: with the first of ``owned`` with which there is one."""
+    mine = set(inputs.parameters.values())
+    tries = [None if o is None else {n: s for n, s in o.items() if n in mine} for o in owned]
 
     def choose() -> str:
-        if owned is not None and job.cut is not None:
+        for held in tries[:-1]:
+            with contextlib.suppress(StageError):
+                return choose_with(held)
+        return choose_with(tries[-1])
+
+    def choose_with(held: Mapping[str, set[int]] | None) -> str:
+        if held is not None and job.cut is not None:
             with contextlib.suppress(StageError):  # another program than the one that was cut first, perhaps
-                again = priced(graph, inputs, job.cut.cuts, setting, owners=owning)
+                again = priced(graph, inputs, job.cut.cuts, setting, owners=held)
                 return dataclasses.replace(again, why=job.cut.why).to_json()
-        if job.plan.cuts is not None and owned is None:
+        if job.plan.cuts is not None and held is None:
             return _given_cuts(job.plan.cuts, graph, inputs, setting)
-        return partition(graph, inputs, job.plan.num_stages, setting, owners=owning).to_json()
+        return partition(graph, inputs, job.plan.num_stages, setting, owners=held).to_json()
 
     digest = hash_of(graph_lines(graph, job.group_labels, mask_sizes=True))
-    subject = f"the {kind} stages of program {digest}" + (
-        "" if owned is None else ", whose parameters have places"
-    )
+    of_places = "" if tries[0] is None else ", whose parameters have places"
+    subject = f"the {kind} stages of program {digest}{of_places}{', or more' * (len(tries) - 1)}"
     return StagePlan.from_json(job.lead(subject, choose))
 
 

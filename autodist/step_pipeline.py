@@ -107,10 +107,10 @@ def of_all_places(state: State, job: Job) -> State:
         made.__dict__.pop(name, None)
     gradients: dict[int, Tensor] = {}
     values: dict[tuple[int, int], dict[Any, Any]] = {}
-    moments = list(state.moments)
+    moments = [m for m in state.moments if _has(state.parameters[m.parameter])]
     for number, (has_gradient, kept) in sorted(x for place in told for x in place.items()):
         parameter = state.parameters[number]
-        if not isinstance(parameter, DTensor) or is_here(parameter):
+        if _has(parameter):
             continue
         if has_gradient:
             gradients[number] = _nothing(parameter, tuple(parameter.shape), parameter.dtype, None)
@@ -125,6 +125,10 @@ def of_all_places(state: State, job: Job) -> State:
     made.moments = sorted(moments, key=lambda m: (m.optimizer, m.parameter, order[id(m)]))
     made.gradients_elsewhere, made.values_elsewhere = gradients, values
     return made
+
+
+def _has(parameter: Tensor) -> bool:
+    return not isinstance(parameter, DTensor) or is_here(parameter)
 
 
 def _kept(state: State, number: int) -> dict[int, list[_Kept]]:
@@ -272,21 +276,29 @@ def _places_of_parameters(
     step = _functional(captured, run)
     names = _distinct(state.names)
     named = zip(names, state.parameters, strict=True)
-    held = {n: tuple(sorted(places_of_tensor(p, job))) for n, p in named if isinstance(p, DTensor)}
+    held = {n: places_of_tensor(p, job) for n, p in named if isinstance(p, DTensor)}
+    found: dict[str, Places] = {}
     for number, parameters in enumerate(step.parameters):
         mine = [names[i] for i in parameters.values()]
         if held.keys() >= set(mine):
             continue
         program = _program(step, number, names, _buffers(state, captured))
         inputs = [step.regions[number].inputs[p].meta["val"] for p in program.places]
-        owned = {n: held[n] for n in mine if n in held}
-        found = find_cut(program, inputs, job, _compilation(job), owned or None)
-        job.cut = job.cut or found.plan
-        held |= {n: p for n, p in places_of(found, program, mine, job.plan.pp).items() if n not in held}
-    given: list[Places | None] = [frozenset(held[n]) if n in held else None for n in names]
+        owned = [_ordered({**held, **found}), _ordered(held)] if found else [_ordered(held) or None]
+        made = find_cut(program, inputs, job, _compilation(job), *owned)
+        job.cut = job.cut or made.plan
+        for name, places in places_of(made, program, mine, job.plan.pp).items():
+            if name not in held:  # losses that use it in other stages have it in more places
+                found[name] = found.get(name, frozenset()).union(places)
+    held |= found
+    given: list[Places | None] = [held.get(n) for n in names]
     given += [everywhere(job)] * (len(captured.inputs) - len(given))
     settled = related_places(step.graph, given, everywhere(job))
     return [tuple(sorted(settled[i] or everywhere(job))) for i in range(len(names))]
+
+
+def _ordered(places: Mapping[str, Places]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(sorted(p)) for name, p in places.items()}
 
 
 def _compilation(job: Job) -> Compilation:

@@ -8,7 +8,7 @@ reference those of all.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -83,3 +83,128 @@ def test_a_pipeline() -> None:
 def test_beside_data_and_sequence_parallelism() -> None:
     plans = [("llama_tied", {"pp": 2, "zero": 3}), ("bert", {"pp": 2, "sp": 2, "zero": 1})]
     run_ranks(all_trained, 4, plans)
+
+
+# --- what a step may do ----------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Layers enough for two stages; the first may be frozen."""
+
+    def __init__(self, frozen: int = 0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(7, 7) for _ in range(6)])
+        self.dropout = nn.Dropout(dropout)
+        for layer in self.layers[:frozen]:  # type: ignore[union-attr]
+            layer.requires_grad_(False)
+
+    def body(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.dropout(layer(x).tanh())
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.mse_loss(self.body(x), x.flip(-1))
+
+
+def x_of(number: int, rows: int = 6) -> Tensor:
+    return torch.randn(rows, 7, generator=torch.Generator().manual_seed(number))
+
+
+def side_by_side(
+    build: Callable[[], nn.Module],
+    make: Callable[[nn.Module], tuple[Any, ...]],
+    function: Callable[..., Any],
+    batches: Sequence[tuple[Any, ...]],
+    programs: int = 1,
+    **options: Any,
+) -> nn.Module:
+    """A step captured and as it is, on the same batches; the captured one's model."""
+    fresh()
+    torch.manual_seed(0)
+    model = build().train()
+    reference = copy.deepcopy(model)
+    step = autodist.train_step(plan={**EAGER, "pp": 2, **options})(function)
+    mine, theirs = make(model), make(reference)
+    for number, given in enumerate(batches):
+        found, wanted = step(model, *mine, *given), function(reference, *theirs, *given)
+        for a, b in zip(_leaves(found), _leaves(wanted), strict=True):
+            assert error(a, b) < 1e-4 if isinstance(a, Tensor) else a == b, (function, number, a, b)
+    assert len(step.programs) == programs, (function, len(step.programs))
+    check(model, reference, "parameter", 1e-4)
+    check(model, reference, "gradient", 1e-4)
+    return model
+
+
+def _leaves(value: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(value)
+
+
+def with_sgd(model: nn.Module) -> tuple[Any, ...]:
+    return (torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9),)
+
+
+def with_adam(model: nn.Module) -> tuple[Any, ...]:
+    return (torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4),)
+
+
+def plain(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+    loss = model(x)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def by_flag(model: nn.Module, optimizer: Any, x: Tensor, last: bool) -> dict[str, Any]:
+    loss = model(x)
+    loss.backward()
+    if last:
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"loss": loss.detach(), "last": last}
+
+
+def in_a_loop(model: nn.Module, optimizer: Any, parts: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros(())
+    for x in parts:
+        loss = model(x) / len(parts)
+        loss.backward()
+        total += loss.detach()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    nn.utils.clip_grad_value_(model.parameters(), 0.02)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    return total
+
+
+def two_losses(model: Any, optimizer: Any, x: Tensor) -> tuple[Any, ...]:
+    """One step after another, the second with weights that the first has changed, and what is returned of
+    parameters and gradients."""
+    first = model(x)
+    first.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    y = model.body(x)
+    second = y.square().mean() + 0.1 * model.layers[0].weight.square().sum()
+    second.backward()
+    norms = [p.grad.norm() for p in model.parameters()]
+    with torch.no_grad():
+        largest = torch.stack([p.abs().max() for p in model.parameters()]).max()
+    optimizer.step()
+    optimizer.zero_grad()
+    return first.detach(), second.detach(), (y > 0).float().mean(), norms, largest
+
+
+def possibilities() -> None:
+    some = [(x_of(n),) for n in range(4)]
+    flags = [(x_of(0), n % 3 == 2) for n in range(8)]
+    side_by_side(Net, with_sgd, by_flag, flags, programs=5)
+    side_by_side(Net, with_adam, in_a_loop, [([x_of(n), x_of(n + 9)],) for n in range(3)])
+    side_by_side(Net, with_adam, two_losses, some)
+    side_by_side(lambda: Net(frozen=4), with_sgd, plain, [*some, (x_of(9, rows=5),)], programs=2)
+
+
+@pytest.mark.distributed
+def test_what_a_step_may_do() -> None:
+    run_ranks(possibilities, 2)
