@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import autodist
+from autodist.runtime.stage_parameters import is_here
 from tests.parity import error
 from tests.ranks import run_ranks
 from tests.sequence import fresh
@@ -208,3 +210,141 @@ def possibilities() -> None:
 @pytest.mark.distributed
 def test_what_a_step_may_do() -> None:
     run_ranks(possibilities, 2)
+
+
+def averaged(model: nn.Module, optimizer: Any, average: Sequence[Tensor], x: Tensor) -> Tensor:
+    """With the norm that is also the function to call outside of steps, and an average in a list."""
+    loss = model(x)
+    loss.backward()
+    autodist.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for a, p in zip(average, model.parameters(), strict=True):
+            a.lerp_(p, 0.1)
+    return loss.detach()
+
+
+def prepared() -> None:
+    """A model that has been prepared with a batch, and copies that are made of its parameters."""
+    fresh()
+    torch.manual_seed(0)
+    model = Net()
+    reference = copy.deepcopy(model)
+    options = {**EAGER, "pp": 2}
+    autodist.prepare(model, options, batch=(x_of(0),))
+    step = autodist.train_step(plan=options)(averaged)
+    averages = [[p.detach().clone() for p in m.parameters()] for m in (model, reference)]
+    optimizers = [torch.optim.Adagrad(m.parameters(), 0.05) for m in (model, reference)]  # has state at once
+    for number in range(3):
+        found = step(model, optimizers[0], averages[0], x_of(number))
+        wanted = averaged(reference, optimizers[1], averages[1], x_of(number))
+        assert error(found, wanted) < 1e-5
+    check(model, reference, "parameter", 1e-4)
+    for a, b, p in zip(*averages, model.parameters(), strict=True):
+        assert not is_here(p) or error(a, b) < 1e-4
+
+
+def distilled(model: nn.Module, teacher: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        wanted = teacher.body(x)
+    loss = (model.body(x) - wanted).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def adversarial(models: Sequence[Any], optimizers: Sequence[Any], x: Tensor) -> tuple[Tensor, Tensor]:
+    generator, judge = models
+    told = judge.body(x.flip(0)).mean() - judge.body(generator.body(x).detach()).mean()
+    told.backward()
+    optimizers[0].step()
+    optimizers[0].zero_grad()
+    fooled = judge.body(generator.body(x)).mean()
+    fooled.backward()
+    optimizers[1].step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    return told.detach(), fooled.detach()
+
+
+def several_models() -> None:
+    fresh()
+    torch.manual_seed(0)
+    options = {**EAGER, "pp": 2}
+    model, teacher = Net(), Net(frozen=6)
+    reference = copy.deepcopy(model)
+    optimizer, other = with_adam(model)[0], with_adam(reference)[0]
+    whole_teacher = copy.deepcopy(teacher)
+    step = autodist.train_step(plan=options)(distilled)
+    for number in range(3):
+        found = step(model, teacher, optimizer, x_of(number))
+        assert error(found, distilled(reference, whole_teacher, other, x_of(number))) < 1e-5
+    check(model, reference, "parameter", 1e-4)
+    fresh()
+    models = [Net(), Net()]
+    references = [copy.deepcopy(m) for m in models]
+    pair, others = ([with_sgd(m)[0] for m in reversed(ms)] for ms in (models, references))
+    step = autodist.train_step(plan=options)(adversarial)
+    for number in range(3):
+        found = step(models, pair, x_of(number))
+        for a, b in zip(found, adversarial(references, others, x_of(number)), strict=True):
+            assert error(a, b) < 1e-5
+    for a, b in zip(models, references, strict=True):
+        check(a, b, "parameter", 1e-4)
+
+
+def saved(folder: str) -> list[float]:
+    """A checkpoint in the middle of an accumulation goes on under a plan without pp, and under this one."""
+    losses = []
+    for plan in ({"pp": 2}, {"pp": 1}, {"pp": 2}):
+        fresh()
+        torch.manual_seed(0)
+        options, resumed = {**EAGER, **plan}, bool(losses)
+        model = Net()
+        autodist.prepare(model, options, batch=(x_of(0),))
+        (optimizer,) = with_adam(model)
+        if resumed:
+            autodist.load(folder, model, optimizer)
+        step = autodist.train_step(plan=options)(by_flag)
+        for number in range(3 if resumed else 0, 6):
+            # Without pp each rank's loss is a mean over its rows, and the ranks' mean is that of all.
+            rows = x_of(number) if plan["pp"] == 2 else x_of(number).chunk(2)[dist.get_rank()]
+            loss = step(model, optimizer, rows, number % 2 == 1)["loss"].clone()
+            dist.all_reduce(loss.div_(2))
+            losses += [loss.item()] if number >= 3 else []
+            if not resumed and number == 2:
+                autodist.save(folder, model, optimizer)
+    return losses
+
+
+def from_meta() -> tuple[int, int]:
+    """A model on meta gets memory for its own stages' parameters, and state for those."""
+    fresh()
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Net()
+    (optimizer,) = with_adam(model)
+    step = autodist.train_step(plan={**EAGER, "pp": 2})(plain)
+    for number in range(2):
+        assert step(model, optimizer, x_of(number)).isfinite()
+    held = [p for p in model.parameters() if is_here(p)]  # type: ignore[arg-type]
+    assert set(optimizer.state) == set(held)
+    return sum(p.to_local().numel() for p in model.parameters()), len(held)  # type: ignore[attr-defined]
+
+
+def around_a_step(folder: str) -> tuple[list[float], tuple[int, int]]:
+    prepared()
+    several_models()
+    return saved(folder), from_meta()
+
+
+@pytest.mark.distributed
+def test_around_a_step(tmp_path: Path) -> None:
+    found = run_ranks(around_a_step, 2, str(tmp_path / "run"))
+    for losses, _ in found:
+        torch.testing.assert_close(losses[3:6], losses[:3], rtol=1e-4, atol=0.0)
+        torch.testing.assert_close(losses[6:], losses[:3], rtol=1e-6, atol=0.0)
+    assert sum(numel for _, (numel, _) in found) == sum(p.numel() for p in Net().parameters())
+    assert all(0 < count < 12 for _, (_, count) in found)
