@@ -255,7 +255,15 @@ def shard_by_step(
     if not plain:
         return job
     with job.failing_together():
-        places = _places_of_parameters(function, arguments, state, job)
+        try:
+            places = _places_of_parameters(function, arguments, state, job)
+        except AttributeError as error:
+            if not isinstance(error.obj, Tensor):
+                raise
+            raise StepError(
+                f"the step asks for what only sharded tensors have ({error}), and its models are cut before "
+                "they are sharded. Prepare them before the step: autodist.prepare(model, plan, batch=...)."
+            ) from error
     for module in plain:
         named = dict(module.named_parameters(remove_duplicate=False))
         mine = {n: places[state.index[id(p)]] for n, p in named.items() if id(p) in state.index}

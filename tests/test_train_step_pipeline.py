@@ -8,6 +8,7 @@ reference those of all.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import autodist
+from autodist.runtime.outputs import DifferentBatchError
 from autodist.runtime.stage_parameters import is_here
 from tests.parity import error
 from tests.ranks import run_ranks
@@ -348,3 +350,96 @@ def test_around_a_step(tmp_path: Path) -> None:
         torch.testing.assert_close(losses[6:], losses[:3], rtol=1e-6, atol=0.0)
     assert sum(numel for _, (numel, _) in found) == sum(p.numel() for p in Net().parameters())
     assert all(0 < count < 12 for _, (_, count) in found)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+
+def vector_norm(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+    model(x).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+
+
+def noisy(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    model(x + torch.randn_like(x)).backward()
+
+
+def drawing(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+    loss = model(x)
+    loss.backward()
+    return loss.detach() * torch.rand(())
+
+
+def out_of_order(model: Any, optimizer: Any, x: Tensor) -> None:
+    y = model.body(x)
+    model.body(y.detach()).square().mean().backward()
+    y.square().mean().backward()
+
+
+def no_backward(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+    return model(x).detach()
+
+
+def of_logits(model: Any, optimizer: Any, x: Tensor) -> Tensor:
+    logits = model.body(x)[:, None].expand(-1, 3, -1).contiguous()
+    logits.square().mean().backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return (logits.detach() * norm.full_tensor()).sum()  # type: ignore[attr-defined]
+
+
+def normalised(model: Any, optimizer: Any, x: Tensor) -> None:
+    y = model.body(x)
+    (y - y.mean(0)).square().mean().backward()
+
+
+class Wide(Net):
+    """Parameters too large to be sent to other stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [(7, 3000), (3000, 7), (7, 3000), (3000, 7)]
+        self.layers = nn.ModuleList([nn.Linear(*size) for size in sizes])
+
+
+REFUSED: list[tuple[Callable[[], nn.Module], Callable[..., Any], str]] = [
+    (Wide, vector_norm, r"StepError: .*test_train_step_pipeline.*one place of the pipeline.*too large"),
+    (Net, noisy, r"PlacementError: .*in noisy.*draws random numbers for a whole batch"),
+    (Net, drawing, r"StepError: .*in drawing.*draws random numbers outside of the forward"),
+    (Net, out_of_order, r"StepError: the loss .*out_of_order.*of a loss that is differentiated later"),
+    (Net, of_logits, r"StepError: the step asks for what only sharded tensors have .*'full_tensor'"),
+    (Net, no_backward, r"StepError: the step calls no backward"),
+    (Net, normalised, r"PlacementError: .*in normalised.*microbatches"),
+]
+
+
+def refused() -> list[str]:
+    found = []
+    for build, function, _ in REFUSED:
+        fresh()
+        torch.manual_seed(0)
+        model = build()
+        step = autodist.train_step(plan={**EAGER, "pp": 2})(function)
+        try:
+            step(model, *with_sgd(model), x_of(0))
+            found.append("ran")
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    model = autodist.prepare(Net(), {**EAGER, "pp": 2}, batch=(x_of(0),))
+    with pytest.raises(autodist.StepError, match="at one place of the pipeline and which the plan"):
+        autodist.train_step(plan={**EAGER, "pp": 2})(of_logits)(model, *with_sgd(model), x_of(0))
+    model = Net()
+    step = autodist.train_step(plan={**EAGER, "pp": 2})(plain)
+    with pytest.raises(autodist.PlanError, match="verify runs the function as it was written"):
+        step.verify(model, *with_sgd(model), x_of(0))
+    step(model, *with_sgd(model), x_of(0))
+    with pytest.raises(DifferentBatchError):
+        step(model, *with_sgd(model), x_of(dist.get_rank()))
+    return found
+
+
+@pytest.mark.distributed
+def test_what_is_refused() -> None:
+    for found in run_ranks(refused, 2):
+        for text, (_, function, pattern) in zip(found, REFUSED, strict=True):
+            # What is made on the first rank alone fails on the others with its reason.
+            assert re.search(pattern, text, re.DOTALL), (function, text)
