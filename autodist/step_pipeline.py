@@ -396,7 +396,7 @@ class _Compiler:
         of_inputs, self.of_parameters = self._input_places()
         self.places: StepPlaces = step_places(
             self.step.graph, self.step.regions, of_inputs, self._output_places(of_inputs),
-            everywhere(self.job), self.step.parameters,
+            everywhere(self.job), self.step.parameters, captured.names,
         )  # fmt: skip
         self.here, self.returned, self.written = self._share(of_inputs)
 

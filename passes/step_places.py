@@ -23,7 +23,7 @@ is the same on all ranks of a pipeline; a value that is at several places is the
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
@@ -91,14 +91,15 @@ def step_places(
     outputs: Sequence[Places],
     everywhere: Places,
     parameters: Sequence[Collection[Node]],
+    names: Mapping[int, str],
 ) -> StepPlaces:
     """The places of a functional step of ``regions``.
 
-    ``inputs`` are the places of its inputs, ``outputs`` those at which its outputs are needed;
-    ``parameters`` are, for each region, those of its inputs that are parameters: the pipeline takes them
-    where they lie. Raises :class:`~autodist.passes.base.StepError`.
+    ``inputs`` are the places of its inputs, ``names`` what they are called; ``outputs`` are the places at
+    which its outputs are needed; ``parameters`` are, for each region, those of its inputs that are
+    parameters: the pipeline takes them where they lie. Raises :class:`~autodist.passes.base.StepError`.
     """
-    return _Finder(step, regions, inputs, everywhere, parameters).found(outputs)
+    return _Finder(step, regions, inputs, everywhere, parameters, names).found(outputs)
 
 
 class _Finder:
@@ -109,13 +110,16 @@ class _Finder:
         inputs: Sequence[Places],
         everywhere: Places,
         parameters: Sequence[Collection[Node]],
+        names: Mapping[int, str],
     ) -> None:
         self.made = StepPlaces(step)
         self.regions, self.everywhere, self.parameters = regions, everywhere, parameters
+        placeholders = step.graph.find_nodes(op="placeholder")
+        self.names = {n: names.get(i) for i, n in enumerate(placeholders)}
         self.inside = {n for r in regions for n in r.body}
         self.markers = {r.marker: number for number, r in enumerate(regions)}
         self.results = {n: number for number, r in enumerate(regions) for n in r.outputs}
-        self.given = dict(zip(step.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        self.given = dict(zip(placeholders, inputs, strict=True))
         self.live = behind([*_outputs(step), *(n for r in regions for n in (*r.inputs, r.marker))])
         self.glue: list[Node] = []
         self.taken: list[list[Reading]] = []
@@ -172,8 +176,10 @@ class _Finder:
         if num_bytes(node) > _LARGEST:
             at = ", ".join(map(str, sorted(self.made.places[node])))
             what = "is returned" if reader is node else f"is read by '{reader.name}' ({where(reader)})"
+            name = self.names.get(node)
             raise StepError(
-                f"'{node.name}' ({where(node)}), {size_text(num_bytes(node))} of parameters, gradients or "
+                f"'{name or node.name}'{'' if name else f' ({where(node)})'}, "
+                f"{size_text(num_bytes(node))} of parameters, gradients or "
                 f"state of one place of the pipeline ({at}), {what} at others. Numbers and small tensors are "
                 "sent there, and this is too large: compute what is needed of it for each parameter alone (a "
                 "norm, a mean), or outside of the step."

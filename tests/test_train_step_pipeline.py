@@ -414,10 +414,10 @@ REFUSED: list[tuple[Callable[[], nn.Module], Callable[..., Any], str]] = [
 
 def refused() -> list[str]:
     found = []
-    for build, function, _ in REFUSED:
+    for make, function, _ in REFUSED:
         fresh()
         torch.manual_seed(0)
-        model = build()
+        model = make()
         step = autodist.train_step(plan={**EAGER, "pp": 2})(function)
         try:
             step(model, *with_sgd(model), x_of(0))
