@@ -92,7 +92,7 @@ def test_large_values_are_refused_small_ones_travel(monkeypatch: pytest.MonkeyPa
     _, made, _ = found(mixed, *given)
     assert [type(b) for b in made.barriers] == [Run, Exchange]
     monkeypatch.setattr("autodist.passes.step_places._LARGEST", 16)
-    with pytest.raises(StepError, match="^'first.weight', 48 B of parameters.*in mixed"):
+    with pytest.raises(StepError, match=r"^'first.weight', 48 B of parameters.*in mixed"):
         found(mixed, *given)
 
 
