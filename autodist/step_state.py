@@ -37,6 +37,10 @@ from autodist.step_guards import Scheduler, Surroundings, is_number, lifts, name
 
 Place = tuple[dict[Any, Any], Any]
 
+# How an optimizer is run while it is captured: what it does to each parameter is the same, written in
+# operators on tensors; which kernels do it is the compiler's business.
+CAPTURED = {"capturable": True, "foreach": True, "fused": None}
+
 
 @dataclass(frozen=True)
 class Roots:
@@ -282,9 +286,10 @@ class State:
     @contextlib.contextmanager
     def holding(
         self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], moments: Sequence[Tensor],
-        rates: Sequence[Tensor],
+        rates: Sequence[Any], settings: Mapping[str, Any] = CAPTURED,
     ) -> Iterator[None]:  # fmt: skip
-        """With other tensors in all places, and optimizers told that they are being compiled."""
+        """With other tensors in all places, and optimizers told that they are being compiled, or other
+        ``settings``."""
         other = {id(old): new for old, new in zip(self.parameters, parameters, strict=True)}
         saved = [(o.state, [dict(g) for g in o.param_groups]) for o in self.roots.optimizers]
         attributes = [(h, k, h[k]) for h, k in self.held]
@@ -311,7 +316,7 @@ class State:
                 group["params"] = [other[id(p)] for p in group["params"]]
                 if lifts(group, self.fixed):
                     group["lr"] = next(left)
-                group.update({k: v for k, v in _CAPTURED.items() if k in group})
+                group.update({k: v for k, v in settings.items() if k in group})
             yield
         finally:
             _put(self.places, self.parameters)
@@ -325,9 +330,6 @@ class State:
                     group.update(old)
 
 
-# How an optimizer is run while it is captured: what it does to each parameter is the same, written in
-# operators on tensors; which kernels do it is the compiler's business.
-_CAPTURED = {"capturable": True, "foreach": True, "fused": None}
 _END = (object(),)  # tells a list from one that goes on
 _gradient, _trained = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 

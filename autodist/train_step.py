@@ -38,7 +38,7 @@ from autodist.compiler import CompiledStep, compile_step
 from autodist.job import Job, num_ranks, start_job
 from autodist.logs import log
 from autodist.passes.base import StepError
-from autodist.plan import Plan, PlanError, PlanLike
+from autodist.plan import Plan, PlanLike
 from autodist.prepare import prepare, prepared_job, repoint
 from autodist.runtime import compat, offload
 from autodist.runtime.compat import tree_flatten, tree_leaves, tree_unflatten
@@ -163,18 +163,14 @@ class TrainStep:
     def verify(self, *args: Any, tolerance: float = 1e-4, **kwargs: Any) -> StepReport:
         """Run the step on these arguments, and the function as it was written, and compare what they do.
 
-        Everything is left as it was. Where a dropout draws other numbers than one process would (``sp``), put
-        the model into evaluation mode first.
+        Everything is left as it was. Where a dropout draws other numbers than one process would (``sp``,
+        ``pp``), put the model into evaluation mode first. With ``pp`` every rank must have room for the whole
+        model and its optimizer's state.
         """
-        if self.plan.pp > 1:
-            raise PlanError(
-                f"plan field 'pp' is {self.plan.pp}, and verify runs the function as it was written, which "
-                "no rank of a pipeline can: each has a part of the parameters. Verify under a plan without "
-                "pp, or compare the losses of a few steps with those of one."
-            )
         state = State.of(roots_of(self.function, tree_leaves((args, kwargs))))
         self._prepare(state, (args, kwargs))
-        report = verify_step(self, self.function, (args, kwargs), tolerance)
+        assert self.job is not None
+        report = verify_step(self, self.function, (args, kwargs), tolerance, self.job)
         log.info("%s: %s", self.function.__name__, report)
         return report
 

@@ -68,6 +68,8 @@ def trained(case: str, options: dict[str, Any], steps: int = 5) -> tuple[int, in
         assert error(found["norm"], wanted["norm"]) < 1e-4
         assert error(found["perplexity"], found["loss"].exp()) < 1e-6
     assert len(step.programs) == 1
+    report = step.verify(model, average, *sides[0], [batch(case, steps, coordinate, 4)])
+    assert report.passed, str(report)
     check(average, reference_average, "parameter", 1e-4)
     return check(model, reference, "parameter", 1e-4), len(dict(reference.named_parameters()))
 
@@ -429,8 +431,6 @@ def refused() -> list[str]:
         autodist.train_step(plan={**EAGER, "pp": 2})(of_logits)(model, *with_sgd(model), x_of(0))
     model = Net()
     step = autodist.train_step(plan={**EAGER, "pp": 2})(plain)
-    with pytest.raises(autodist.PlanError, match="verify runs the function as it was written"):
-        step.verify(model, *with_sgd(model), x_of(0))
     step(model, *with_sgd(model), x_of(0))
     with pytest.raises(DifferentBatchError):
         step(model, *with_sgd(model), x_of(dist.get_rank()))
@@ -443,3 +443,36 @@ def test_what_is_refused() -> None:
         for text, (_, function, pattern) in zip(found, REFUSED, strict=True):
             # What is made on the first rank alone fails on the others with its reason.
             assert re.search(pattern, text, re.DOTALL), (function, text)
+
+
+def verified() -> list[str]:
+    """verify() notices what one place does wrong, on all ranks, and leaves everything as it was."""
+    fresh()
+    torch.manual_seed(0)
+    model = Net()
+    step = autodist.train_step(plan={**EAGER, "pp": 2})(plain)
+    given = model, *with_adam(model), x_of(0)
+    for _ in range(2):
+        step(*given)
+    before = [p.to_local().clone() for p in model.parameters()]  # type: ignore[attr-defined]
+    reports = [str(step.verify(*given))]
+    program = step.programs[0]
+    right = program.compiled
+
+    def wrong(*inputs: Tensor) -> Any:
+        made = right(*inputs)
+        inputs[0].mul_(1.01)  # the first layer's, which the second place has nothing of
+        return made
+
+    program.compiled = wrong
+    reports.append(str(step.verify(*given)))
+    after = [p.to_local() for p in model.parameters()]  # type: ignore[attr-defined]
+    assert all(map(torch.equal, before, after))
+    return reports
+
+
+@pytest.mark.distributed
+def test_verify() -> None:
+    for right, wrong in run_ranks(verified, 2):
+        assert right.startswith("passed")
+        assert re.match(r"FAILED: .* 'layers\.0\.weight' is off by", wrong), wrong
