@@ -717,6 +717,24 @@ def compile_step(captured: Captured, job: Job, kernels: bool = True) -> Compiled
     return CompiledStep(_step_border(compiled, job, run.kept, run.withheld), run.host_inputs())
 
 
+def compile_piece(
+    graph: GraphModule, mode: compat.FakeTensorMode, job: Job, batch: str, kernels: bool
+) -> Callable[..., Any]:
+    """A piece of a captured training step that differentiates nothing, with its writes at its end; ``job`` is
+    that of the ranks that run it. Without ``kernels`` as for :func:`compile_step`."""
+    report = GraphReport(job.next_graph(), job.hardware.stages_collectives)
+    job.reports.append(report)
+    run = Compilation(job, {}, report, 0, batch, is_step=True, lasts=kernels)
+    run.updates = run.program_text(graph)
+    lower = _inductor if job.plan.lowering == "inductor" and kernels and not job.dry_run else _eager
+    inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+    uncached = compat.functorch_patch(enable_autograd_cache=False)
+    with torch.no_grad(), compat.compiling_in(mode), uncached:
+        with mode:
+            inputs = [x.detach() for x in inputs]
+        return lower(graph, inputs, run, None)
+
+
 def _movable(captured: Captured) -> list[Movable]:
     """The state of a step that can be on the host: the same on all ranks, whatever parts they have of it."""
     found = []

@@ -82,7 +82,8 @@ class Captured:
 
     ``core`` is the program without its reads of parameters. ``parameters`` maps positions among the core's
     inputs to parameters' names, ``buffers`` are the positions of the model's buffers; ``places`` are
-    positions of the core's inputs among the program's.
+    positions of the core's inputs among the program's. ``loss`` is the output that is differentiated, the
+    first that can be when None; ``returned`` are those that only the user sees, all of them when None.
     """
 
     core: Core
@@ -91,6 +92,8 @@ class Captured:
     places: tuple[int, ...]
     frozen: frozenset[int]
     trains: bool
+    loss: int | None = None
+    returned: frozenset[int] | None = None
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -154,11 +157,12 @@ def find_cut(
     values: Sequence[Any],
     job: Job,
     run: Compilation,
-    owned: Mapping[str, Sequence[int]] | None,
+    *owned: Mapping[str, Sequence[int]] | None,
 ) -> Cut:
     """Cut a program for ``values`` of its core's inputs (numbers and tensors; a parameter's is not read).
 
-    ``owned`` are the places of parameters, None while nobody holds them. Raises
+    ``owned`` are the places of parameters, None while nobody holds them; where the program cannot be cut
+    with the first, with the next. Raises
     :class:`~autodist.passes.analysis.placement.PlacementError`,
     :class:`~autodist.passes.analysis.stages.StageError`.
     """
@@ -173,7 +177,7 @@ def _cut(
     program: Captured,
     job: Job,
     run: Compilation,
-    owned: Mapping[str, Sequence[int]] | None,
+    owned: Sequence[Mapping[str, Sequence[int]] | None],
 ) -> Cut:
     plan = job.plan
     assert job.pipeline is not None
@@ -192,14 +196,14 @@ def _cut(
     kind = plan.schedule if program.trains else "forward"
     order = schedule(kind, plan.pp, plan.num_stages, made.count)
     setting = _setting(job, order)
-    owning = None if owned is None else _owning_stages(owned, plan.pp, plan.num_stages)
+    owning = [None if o is None else _owning_stages(o, plan.pp, plan.num_stages) for o in owned]
     found = _chosen(core.graph, inputs, job, setting, owning, kind)
     return Cut(
         batch=made,
         plan=found,
         stages=tuple(cut(core.graph, inputs, found)),
         names=names,
-        policies={**one.meta.get(POLICIES, {}), **core.policies},
+        policies={**program.core.policies, **one.meta.get(POLICIES, {}), **core.policies},
         shapes=shapes,
         loss=loss,
         kept=frozenset(one.meta.get(SHARDED_OUTPUTS, {})),
@@ -268,6 +272,8 @@ def _loss_of(made: Microbatch, program: Captured) -> int:
     outputs: Sequence[Any] = output_of(made.graph).args[0]  # type: ignore[assignment]
     own = len(outputs) - (0 if made.late is None else made.late.taken)
     for index, (node, result) in enumerate(zip(outputs[:own], made.results, strict=False)):
+        if program.loss not in (None, index):
+            continue
         value = node.meta.get("val") if isinstance(node, Node) else None
         scalar = isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point()
         if scalar and (result.kind == "sum" or made.count == 1) and node in differentiable:
@@ -332,7 +338,7 @@ def _as_captured(graph: GraphModule, program: Captured) -> GraphModule:
     results = [env[n] if isinstance(n, Node) else n for n in output_of(graph).args[0]]  # type: ignore[union-attr]
     made.output(tuple(results))
     found = GraphModule(graph, made)
-    found.meta[RETURNED] = frozenset(range(len(results)))
+    found.meta[RETURNED] = frozenset(range(len(results))) if program.returned is None else program.returned
     return found
 
 
@@ -372,26 +378,31 @@ def _chosen(
     inputs: Inputs,
     job: Job,
     setting: Setting,
-    owned: Mapping[str, set[int]] | None,
+    owned: Sequence[Mapping[str, set[int]] | None],
     kind: str,
 ) -> StagePlan:
-    """The first rank's plan, on every rank."""
-    held = {n: s for n, s in (owned or {}).items() if n in inputs.parameters.values()}
-    owning = None if owned is None else held
+    """The first rank's plan, on every rank: with the first of ``owned`` with which there is one."""
+    mine = set(inputs.parameters.values())
+    tries = [None if o is None else {n: s for n, s in o.items() if n in mine} for o in owned]
 
     def choose() -> str:
-        if owned is not None and job.cut is not None:
+        for held in tries[:-1]:
+            with contextlib.suppress(StageError):
+                return choose_with(held)
+        return choose_with(tries[-1])
+
+    def choose_with(held: Mapping[str, set[int]] | None) -> str:
+        if held is not None and job.cut is not None:
             with contextlib.suppress(StageError):  # another program than the one that was cut first, perhaps
-                again = priced(graph, inputs, job.cut.cuts, setting, owners=owning)
+                again = priced(graph, inputs, job.cut.cuts, setting, owners=held)
                 return dataclasses.replace(again, why=job.cut.why).to_json()
-        if job.plan.cuts is not None and owned is None:
+        if job.plan.cuts is not None and held is None:
             return _given_cuts(job.plan.cuts, graph, inputs, setting)
-        return partition(graph, inputs, job.plan.num_stages, setting, owners=owning).to_json()
+        return partition(graph, inputs, job.plan.num_stages, setting, owners=held).to_json()
 
     digest = hash_of(graph_lines(graph, job.group_labels, mask_sizes=True))
-    subject = f"the {kind} stages of program {digest}" + (
-        "" if owned is None else ", whose parameters have places"
-    )
+    of_places = "" if tries[0] is None else ", whose parameters have places"
+    subject = f"the {kind} stages of program {digest}{of_places}{', or more' * (len(tries) - 1)}"
     return StagePlan.from_json(job.lead(subject, choose))
 
 
@@ -421,11 +432,11 @@ class Pipeline:
         self.program, self.job = program, job
         self.parameters = dict(parameters)
         self.group = compat.mesh_group_name(job.pipeline)
-        self.compiled: dict[Any, _Compiled] = {}
+        self.compiled: dict[Any, CompiledPipeline] = {}
         self.others: dict[int, Pipeline] = {}
         self.same_batch = SameBatch(job.pipeline, job.device)
 
-    def compile(self, values: Sequence[Any]) -> _Compiled:
+    def compile(self, values: Sequence[Any]) -> CompiledPipeline:
         key = tuple(_size(values[i]) for i in self.program.batch)
         if key not in self.compiled:
             job = self.job
@@ -514,7 +525,9 @@ class _Differentiable(torch.autograd.Function):
     """The schedule as one function of the parameters: its forward makes the gradients too."""
 
     @staticmethod
-    def forward(ctx: Any, compiled: _Compiled, values: Sequence[Any], *trained: Tensor) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, compiled: CompiledPipeline, values: Sequence[Any], *trained: Tensor
+    ) -> tuple[Any, ...]:
         results, ctx.gradients = compiled.run(values)
         loss = compiled.cut.loss
         ctx.mark_non_differentiable(
@@ -543,7 +556,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 @dataclass
-class _Compiled:
+class CompiledPipeline:
     """A pipeline's programs for inputs of given sizes."""
 
     owner: Pipeline
@@ -729,7 +742,7 @@ class _Compiled:
             if not isinstance(whole, Tensor) or batch.results[index].kind == "late":
                 continue
             stage, at = made_by[index]
-            if self._is_withheld(index, whole):
+            if self.withholds(index):
                 results[index] = withheld(whole.shape, whole.dtype, ELSEWHERE)
                 continue
             if stage % pp == self.job.place:
@@ -742,12 +755,13 @@ class _Compiled:
         with torch.no_grad():
             return batch.finished(results)
 
-    def _is_withheld(self, index: int, whole: Tensor) -> bool:
+    def withholds(self, index: int) -> bool:
         """Of results with rows, those of up to a number a token are sent to all ranks; larger ones follow
         the plan."""
         if index in self.cut.kept:
             return True
-        rows = whole.ndim > 2 and whole.shape[0] == self.cut.batch.batch
+        whole = self.cut.shapes[index]
+        rows = isinstance(whole, Tensor) and whole.ndim > 2 and whole.shape[0] == self.cut.batch.batch
         return rows and self.job.plan.outputs != "gathered"
 
 
@@ -755,7 +769,7 @@ def _as_gradient(parameter: DTensor, local: Tensor) -> DTensor:
     return compat.dtensor_of(local, compat.specification(parameter), False)
 
 
-def _compile(owner: Pipeline, values: Sequence[Any]) -> _Compiled:
+def _compile(owner: Pipeline, values: Sequence[Any]) -> CompiledPipeline:
     job, program = owner.job, owner.program
     run = _compilation(job)
     owned = {name: owners(p) for name, p in owner.parameters.items()}
@@ -778,7 +792,7 @@ def _compile(owner: Pipeline, values: Sequence[Any]) -> _Compiled:
         )
     write_pipeline(job, run.report.number, found.plan, {"planned": planned(found.plan, found.schedule)})
     executor = Executor(found.schedule, job.place, compat.process_group(owner.group), job.device, job.monitor)
-    return _Compiled(owner, found, stages, executor, run.report.number)
+    return CompiledPipeline(owner, found, stages, executor, run.report.number)
 
 
 def planned(plan: StagePlan, order: Schedule) -> list[list[Span]]:
@@ -935,4 +949,14 @@ def _concrete(values: Sequence[Any]) -> list[Any]:
     return [compat.size_hint(v) if isinstance(v, torch.SymInt) else v for v in values]
 
 
-__all__ = ["Pipeline", "PipelineError", "captured", "find_cut", "first_places"]
+__all__ = [
+    "Captured",
+    "CompiledPipeline",
+    "Pipeline",
+    "PipelineError",
+    "captured",
+    "find_cut",
+    "first_places",
+    "hash_of",
+    "places_of",
+]

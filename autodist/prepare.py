@@ -145,7 +145,9 @@ def check_same_plan(plan: Plan, options: PlanLike) -> None:
     if options is None:
         return
     asked = Plan.make(options)
-    names = options if isinstance(options, Mapping) else [f.name for f in dataclasses.fields(Plan)]
+    names = list(options if isinstance(options, Mapping) else [f.name for f in dataclasses.fields(Plan)])
+    if (plan.dp or 1) * plan.sp == 1 and "zero" in names:
+        names.remove("zero")  # one rank has all of its stages' parameters, whatever was asked
     for name in names:
         given = getattr(asked, name)
         if given is not None and given != getattr(plan, name):

@@ -45,14 +45,17 @@ from autodist.runtime import compat, dialect
 from autodist.runtime.compat import local_part, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from autodist.runtime.gradients import gradients
 from autodist.runtime.parameters import captured_parameter, is_captured, unshard
+from autodist.runtime.stage_parameters import as_stage_gradient
 from autodist.step_changes import Globals, Record, Snapshot, iterators, named_arguments, outer_names
 from autodist.step_guards import REGISTRIES, Scheduler, Surroundings, named_objects, step_roots
+from autodist.step_layout import Layout
 from autodist.step_state import State, hyperparameters, memory_of
 
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__, compat.__file__))
 _PYTHONS = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _INSTALLED = tuple(f"{sysconfig.get_path(kind)}{os.sep}" for kind in ("purelib", "platlib"))
 _FRAMES = 8
+_AS_THEY_ARE = Layout()
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Captured:
     returns the tensors among ``results``, then gradients of the parameters ``new_gradients``, then
     ``new_moments``, then buffers ``new_buffers``; ``specs`` has, for each of these, what makes a DTensor of
     it, or None. ``without_gradient`` are the parameters that the step leaves without one. ``moments`` are in
-    the state's order.
+    the state's order. One that does not ``last`` makes optimizer state: it runs once.
     """
 
     inputs: list[Tensor]
@@ -121,6 +124,7 @@ class Captured:
     new_moments: list[NewMoment] = field(default_factory=list)
     new_buffers: list[int] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    lasts: bool = True
     policies: dict[int, Any] = field(default_factory=dict)
 
 
@@ -129,13 +133,14 @@ def capture(
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
     state: State,
     dynamic: dict[int, set[int]],
+    layout: Layout = _AS_THEY_ARE,
 ) -> Captured:
     """Run ``function`` on its arguments (positional, keyword) without data.
 
-    ``dynamic`` gives, for tensors among the arguments by number, the dimensions whose sizes are symbols.
-    Raises :class:`StepError`.
+    ``dynamic`` gives, for tensors among the arguments by number, the dimensions whose sizes are symbols;
+    ``layout`` says what of sharded tensors the step is shown. Raises :class:`StepError`.
     """
-    return _Capture(function, arguments, state, dynamic).run()
+    return _Capture(function, arguments, state, dynamic, layout).run()
 
 
 class _Capture:
@@ -145,15 +150,16 @@ class _Capture:
         arguments: tuple[tuple[Any, ...], dict[str, Any]],
         state: State,
         dynamic: dict[int, set[int]],
+        layout: Layout,
     ) -> None:
-        self.function, self.arguments, self.state = function, arguments, state
+        self.function, self.arguments, self.state, self.layout = function, arguments, state, layout
         self.leaves, self.structure = tree_flatten(arguments)
         self.tensors = [x for x in self.leaves if isinstance(x, Tensor)]
         _refuse_inputs(state, self.tensors, self.leaves)
         mode = compat.shape_tracing_mode()
-        real = program_inputs(state, self.tensors)
+        real = _given(state, self.tensors)
         first = len(real) - len(self.tensors)
-        fakes = [compat.fake_of(mode, x, dynamic.get(i - first, set()), i) for i, x in enumerate(real)]
+        fakes = [layout.fake(mode, x, dynamic.get(i - first, set()), i) for i, x in enumerate(real)]
         for fake, parameter in zip(fakes, state.parameters, strict=False):
             fake.requires_grad_(parameter.requires_grad)
         moments = _known_moments(state, first - len(state.rates()) - len(state.moments))
@@ -208,6 +214,7 @@ class _Capture:
                 "draw again. Draw them outside and pass them as tensors, or use torch's generator."
             )
         self.made.policies = self.watch.policies
+        self.made.lasts = not self.made.new_moments
         return self.made
 
     def _python_generators(self) -> list[Any]:
@@ -239,19 +246,20 @@ class _Capture:
         return Surroundings(step_roots(self.function, self.leaves))
 
     def _traced(self, *flat: Any) -> list[Any]:
-        state, given = self.state, iter(flat)
+        state, given, shown = self.state, iter(flat), self.layout.shown
         leaves = [next(given) for _ in state.parameters]
-        parameters = [captured_parameter(p, x) for p, x in zip(state.parameters, leaves, strict=True)]
+        specs = map(self.layout.spec, state.parameters)
+        parameters = list(map(captured_parameter, state.parameters, leaves, specs))
         gradients_given = []
-        for old, new in zip(state.parameters, parameters, strict=True):
-            if old.grad is not None:
-                new.grad = _as(old.grad, next(given))
+        for old, new in zip(state.gradients(), parameters, strict=True):
+            if old is not None:
+                new.grad = shown(old, next(given))
                 gradients_given.append(new.grad)
         self.given.update(map(id, gradients_given))
         buffers = [next(given) for _ in state.buffers]
-        moments = [_as(m.tensor, next(given)) for m in state.moments]
+        moments = [shown(m.tensor, next(given)) for m in state.moments]
         rates = [next(given) for _ in state.rates()]
-        tensors = [_as(x, next(given)) for x in self.tensors]
+        tensors = [shown(x, next(given)) for x in self.tensors]
         self.watch.owners = {id(x): p for x, p in zip(leaves, parameters, strict=True)}
         own = zip(state.tensors(), [*parameters, *gradients_given, *buffers, *moments], strict=True)
         self.stand_ins |= {id(real): fake for real, fake in own}
@@ -443,8 +451,15 @@ def program_inputs(
     ]
 
 
+def _given(state: State, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that a program takes the parts of."""
+    held = [g for g in state.gradients() if g is not None]
+    moments = [m.tensor for m in state.moments]
+    return [*state.parameters, *held, *state.buffers, *moments, *state.rates(), *tensors]
+
+
 def _names(state: State) -> dict[int, str]:
-    held = [n for n, p in zip(state.names, state.parameters, strict=True) if p.grad is not None]
+    held = [n for n, g in zip(state.names, state.gradients(), strict=True) if g is not None]
     names = [*state.names, *(f"{n}.grad" for n in held), *[""] * len(state.buffers)]
     names += [f"{state.names[m.parameter]}.{m.key}" for m in state.moments]
     return {i: n for i, n in enumerate(names) if n}
@@ -460,11 +475,6 @@ def _known_moments(state: State, first: int) -> list[KnownMoment]:
         )
         for i, m in enumerate(state.moments)
     ]  # fmt: skip
-
-
-def _as(real: Tensor, fake: Tensor) -> Tensor:
-    """``fake``, this rank's part, as the kind of tensor that ``real`` is."""
-    return compat.dtensor_of(fake, compat.specification(real), False) if isinstance(real, DTensor) else fake
 
 
 # --- while the step runs ---------------------------------------------------------------------------
@@ -615,7 +625,7 @@ class Watch(TorchFunctionMode):
             for leaf, found in zip(leaves, gradients(loss, leaves), strict=True):
                 owner = self.owners.get(id(leaf), leaf)
                 with compat.recording_below_autograd():
-                    found = _as(owner, found)
+                    found = _AS_THEY_ARE.shown(owner, found)
                     if owner.grad is None:
                         owner.grad = found
                     else:
@@ -864,7 +874,7 @@ def _refuse_inputs(state: State, tensors: Sequence[Tensor], leaves: Sequence[Any
                 'Train in bfloat16, which needs none: precision="bf16" in the plan, or torch.autocast.'
             )
     for name, parameter in zip(state.names, state.parameters, strict=True):
-        if compat.has_gradient_hooks(parameter):
+        if compat.has_gradient_hooks(parameter, as_stage_gradient):
             raise StepError(f"'{name}' has a gradient hook, which a captured step would not run; remove it.")
 
 

@@ -37,6 +37,10 @@ from autodist.step_guards import Scheduler, Surroundings, is_number, lifts, name
 
 Place = tuple[dict[Any, Any], Any]
 
+# How an optimizer is run while it is captured: what it does to each parameter is the same, written in
+# operators on tensors; which kernels do it is the compiler's business.
+CAPTURED = {"capturable": True, "foreach": True, "fused": None}
+
 
 @dataclass(frozen=True)
 class Roots:
@@ -70,7 +74,13 @@ class Moment:
 
 @dataclass
 class State:
-    """The tensors reached from ``roots``. See the module's text for the terms."""
+    """The tensors reached from ``roots``. See the module's text for the terms.
+
+    Of a pipeline's parameters that lie elsewhere a rank has neither gradients nor moments. While a step is
+    captured they count too (:func:`autodist.step_pipeline.of_all_places`): ``gradients_elsewhere`` by the
+    parameter's number, and among ``moments``; ``values_elsewhere`` are what else optimizers keep, by
+    optimizer and parameter, or None without a pipeline.
+    """
 
     roots: Roots
     parameters: list[nn.Parameter] = field(default_factory=list)
@@ -82,6 +92,8 @@ class State:
     names: list[str] = field(default_factory=list)
     around: Surroundings = field(default_factory=lambda: Surroundings([]))
     fixed: Collection[int] = ()
+    gradients_elsewhere: Mapping[int, Tensor] = field(default_factory=dict)
+    values_elsewhere: Mapping[tuple[int, int], dict[Any, Any]] | None = None
 
     @classmethod
     def of(
@@ -253,7 +265,10 @@ class State:
 
     def gradients(self) -> list[Tensor | None]:
         """The gradient of each parameter, or None."""
-        return list(map(_gradient, self.parameters))
+        found: list[Tensor | None] = list(map(_gradient, self.parameters))
+        for number, gradient in self.gradients_elsewhere.items():
+            found[number] = gradient
+        return found
 
     def trained(self) -> list[bool]:
         """Of each parameter, whether it requires a gradient."""
@@ -271,9 +286,10 @@ class State:
     @contextlib.contextmanager
     def holding(
         self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], moments: Sequence[Tensor],
-        rates: Sequence[Tensor],
+        rates: Sequence[Any], settings: Mapping[str, Any] = CAPTURED,
     ) -> Iterator[None]:  # fmt: skip
-        """With other tensors in all places, and optimizers told that they are being compiled."""
+        """With other tensors in all places, and optimizers told that they are being compiled, or other
+        ``settings``."""
         other = {id(old): new for old, new in zip(self.parameters, parameters, strict=True)}
         saved = [(o.state, [dict(g) for g in o.param_groups]) for o in self.roots.optimizers]
         attributes = [(h, k, h[k]) for h, k in self.held]
@@ -286,15 +302,21 @@ class State:
                 optimizer.state = defaultdict(
                     dict, {other[id(p)]: dict(v) for p, v in optimizer.state.items() if id(p) in other}
                 )
+            for (number, parameter), values in (self.values_elsewhere or {}).items():
+                self.roots.optimizers[number].state[parameters[parameter]] = dict(values)
             for moment, tensor in zip(self.moments, moments, strict=True):
                 owner = self.roots.optimizers[moment.optimizer]
                 owner.state[parameters[moment.parameter]][moment.key] = tensor
+            if self.values_elsewhere is not None:  # in one order on all ranks
+                for optimizer in self.roots.optimizers:
+                    held = optimizer.state
+                    optimizer.state = defaultdict(dict, {p: held[p] for p in parameters if p in held})
             left = iter(rates)
             for group in self.groups:
                 group["params"] = [other[id(p)] for p in group["params"]]
                 if lifts(group, self.fixed):
                     group["lr"] = next(left)
-                group.update({k: v for k, v in _CAPTURED.items() if k in group})
+                group.update({k: v for k, v in settings.items() if k in group})
             yield
         finally:
             _put(self.places, self.parameters)
@@ -308,9 +330,6 @@ class State:
                     group.update(old)
 
 
-# How an optimizer is run while it is captured: what it does to each parameter is the same, written in
-# operators on tensors; which kernels do it is the compiler's business.
-_CAPTURED = {"capturable": True, "foreach": True, "fused": None}
 _END = (object(),)  # tells a list from one that goes on
 _gradient, _trained = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 

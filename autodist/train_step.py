@@ -38,14 +38,16 @@ from autodist.compiler import CompiledStep, compile_step
 from autodist.job import Job, num_ranks, start_job
 from autodist.logs import log
 from autodist.passes.base import StepError
-from autodist.plan import Plan, PlanError, PlanLike
+from autodist.plan import Plan, PlanLike
 from autodist.prepare import prepare, prepared_job, repoint
 from autodist.runtime import compat, offload
 from autodist.runtime.compat import tree_flatten, tree_leaves, tree_unflatten
 from autodist.runtime.outputs import SameBatch
 from autodist.runtime.parameters import MovedParameter
+from autodist.runtime.stage_parameters import as_stage_gradient, owners
 from autodist.step_capture import Captured, Result, capture, program_inputs
 from autodist.step_guards import PLAIN, Surroundings, same_value, step_roots
+from autodist.step_pipeline import StepPipelines, shard_by_step
 from autodist.step_state import State, memory_of, roots_of
 from autodist.verify_step import StepReport, verify_step
 
@@ -87,12 +89,6 @@ class TrainStep:
                 f"'{function.__name__}' is a generator or a coroutine: calling it runs nothing of it. Write "
                 "the step as a function that returns what it makes."
             )
-        if self.plan.pp > 1:
-            raise PlanError(
-                f"plan field 'pp' is {self.plan.pp}, and a captured step is not cut into stages: compile the "
-                "model, torch.compile(model, backend='autodist', options={'pp': ...}), and write the step "
-                "around it, with autodist.clip_grad_norm_ where it clips."
-            )
         self.job: Job | None = None
         self.programs: list[Program] = []
         self._state: State | None = None
@@ -102,7 +98,8 @@ class TrainStep:
         self._changed: str | None = None
         self._said: set[str] = set()
         self._sizes: dict[int, list[set[int]]] = {}
-        self._symbols = True
+        self._symbols = self.plan.pp == 1  # pipelines are made for sizes
+        self._pipelines: StepPipelines | None = None
         self._fixed: list[Any] = []
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -133,16 +130,24 @@ class TrainStep:
         state = self._current_state(others)
         gradients = state.gradients()
         key = self._key(structure, others, tensors, state, gradients)
-        for program in self.programs:
-            if program.holds(key, tensors):
-                return program.run(state, tensors, gradients)
+        program = self._program(key, tensors)
+        if program is not None:
+            return program.run(state, tensors, gradients)
         _refuse_views(state, tensors)
-        self._prepare(state)
+        self._prepare(state, (args, kwargs))
         program, state = self._make((args, kwargs), structure, others, tensors)
         if program.move_state(state):
             state = self._current_state(others, fresh=True)
             program.key = self._key(structure, others, tensors, state, state.gradients())
         return program.run(state, tensors, state.gradients())
+
+    def _program(self, key: _Key, tensors: Sequence[Tensor]) -> Program | None:
+        """The program that there is already, on all ranks of a pipeline."""
+        fits = (p.holds(key, tensors) for p in self.programs)
+        if self._pipelines is None:
+            return next((p for p, fit in zip(self.programs, fits, strict=True) if fit), None)
+        number = self._pipelines.common(list(fits))
+        return None if number is None else self.programs[number]
 
     def _key(
         self, structure: Any, others: list[Any], tensors: Sequence[Tensor], state: State,
@@ -158,11 +163,14 @@ class TrainStep:
     def verify(self, *args: Any, tolerance: float = 1e-4, **kwargs: Any) -> StepReport:
         """Run the step on these arguments, and the function as it was written, and compare what they do.
 
-        Everything is left as it was. Where a dropout draws other numbers than one process would (``sp``), put
-        the model into evaluation mode first.
+        Everything is left as it was. Where a dropout draws other numbers than one process would (``sp``,
+        ``pp``), put the model into evaluation mode first. With ``pp`` every rank must have room for the whole
+        model and its optimizer's state.
         """
-        self._prepare(State.of(roots_of(self.function, tree_leaves((args, kwargs)))))
-        report = verify_step(self, self.function, (args, kwargs), tolerance)
+        state = State.of(roots_of(self.function, tree_leaves((args, kwargs))))
+        self._prepare(state, (args, kwargs))
+        assert self.job is not None
+        report = verify_step(self, self.function, (args, kwargs), tolerance, self.job)
         log.info("%s: %s", self.function.__name__, report)
         return report
 
@@ -188,10 +196,15 @@ class TrainStep:
         self._versions.append(values)
         return len(self._versions) - 1
 
-    def _prepare(self, state: State) -> None:
+    def _prepare(self, state: State, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         """Shard the models, at the first call."""
         for optimizer in state.roots.optimizers:
             repoint(optimizer)
+        if self.plan.pp > 1:
+            state = State.of(state.roots)
+            self.job = shard_by_step(self.function, arguments, state, self.plan)
+            self._pipelines = self._pipelines or StepPipelines(self.job)
+            return
         for module in state.roots.modules:
             if self.job is None or num_ranks() > 1:
                 prepare(module, self.plan)
@@ -210,7 +223,10 @@ class TrainStep:
             with self.job.failing_together():
                 captured, state = self._captured(arguments, others, dynamic)
             key = self._key(structure, others, tensors, state, state.gradients())
-            compiled = compile_step(captured, self.job, kernels=not captured.new_moments)
+            if self._pipelines is not None:
+                captured, compiled = self._pipelines.compile(captured, state, tensors)
+            else:
+                compiled = compile_step(captured, self.job, kernels=captured.lasts)
         except ZeroDivisionError as error:
             if all(x.numel() for x in tensors):
                 raise
@@ -224,7 +240,7 @@ class TrainStep:
                 "'%s' has changed: another program is made of %s, one for each of its values",
                 self._changed, self.function.__name__,
             )  # fmt: skip
-        if not captured.new_moments:
+        if captured.lasts:
             self.programs.append(program)
         if len(self.programs) == _MANY_PROGRAMS:
             log.warning(
@@ -258,6 +274,8 @@ class TrainStep:
         self, arguments: tuple[tuple[Any, ...], dict[str, Any]], state: State, dynamic: dict[int, set[int]]
     ) -> Captured:
         """With symbols for sizes that change; where Python cannot do with symbols, with these sizes alone."""
+        if self._pipelines is not None:
+            return self._pipelines.capture(self.function, arguments, state)
         try:
             return capture(self.function, arguments, state, dynamic)
         except StepError:
@@ -360,8 +378,8 @@ class Program:
         self.on_host = compiled.on_host
         self.fits = compat.size_check(captured.mode, captured.batch)
         self.sizes: dict[Any, bool] = {}
-        sequence = job.sequence
-        self.batch = None if sequence is None else SameBatch(sequence, job.device)
+        shared = [mesh for mesh in (job.sequence, job.pipeline) if mesh is not None]
+        self.batches = [SameBatch(mesh, job.device) for mesh in shared]
 
     def holds(self, key: _Key, tensors: Sequence[Tensor]) -> bool:
         """Whether this program is the step for these arguments and this state."""
@@ -373,8 +391,8 @@ class Program:
         return self.sizes[shapes]
 
     def run(self, state: State, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Any:
-        if self.batch is not None:
-            self.batch.check(tensors)
+        for batch in self.batches:
+            batch.check(tensors)
         with torch.no_grad():
             outputs = iter(self.compiled(*program_inputs(state, tensors, gradients)))
         if self.on_host or (self.captured.new_moments and self.job.memory_bytes is not None):
@@ -399,6 +417,8 @@ class Program:
         tensors_made = iter([made() for result in captured.results if result.kind == "tensor"])
         for i in captured.new_gradients:
             state.parameters[i].grad = made()
+            if owners(state.parameters[i]):
+                as_stage_gradient(state.parameters[i])
         for i in captured.without_gradient:
             state.parameters[i].grad = None
         if captured.without_gradient:

@@ -1,9 +1,10 @@
 """One run of a captured training step beside the function as it was written.
 
 Both begin from the same parameters, moments, gradients, buffers and random state; the function runs eagerly
-on the sharded model, whose weights are gathered as they are read. What both leave behind is compared:
-results, parameters, gradients, buffers, moments and tensors among the arguments. With ``x`` a tensor, ``r``
-its reference and ``d`` what the reference has changed in it,
+on the sharded model, whose weights are gathered as they are read, or, on a pipeline, on whole copies
+(:mod:`autodist.step_whole`). What both leave behind is compared: results, parameters, gradients, buffers,
+moments and tensors among the arguments. With ``x`` a tensor, ``r`` its reference and ``d`` what the reference
+has changed in it,
 
     error = |x - r| / max(|r|, 1e-3)
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autodist.job import Job
 from autodist.runtime.compat import local_part, tree_leaves
+from autodist.runtime.outputs import WithheldOutput
 from autodist.step_changes import Snapshot, named_arguments
 from autodist.step_state import State, roots_of
+from autodist.step_whole import on_whole_tensors
 from autodist.verify import Row
 
 
@@ -62,8 +66,10 @@ def verify_step(
     function: Callable[..., Any],
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
     tolerance: float,
+    job: Job,
 ) -> StepReport:
-    """Compare ``captured`` with ``function`` on ``arguments`` (positional, keyword)."""
+    """Compare ``captured`` with ``function`` on ``arguments`` (positional, keyword), which ranks of a
+    pipeline run on whole tensors."""
     args, kwargs = arguments
     leaves = tree_leaves(arguments)
     state = State.of(roots_of(function, leaves))
@@ -73,19 +79,25 @@ def verify_step(
     saved = _Saved(state, given)
     before = _tensors(state, given)
     outcomes = []
-    for run in (function, captured):
+    reference = function if job.pipeline is None else on_whole_tensors(function, job)
+    for run in (reference, captured):
         try:
             with torch.random.fork_rng([]):
                 results = run(*args, **kwargs)
             found = _tensors(State.of(state.roots), given)
             kept = [x for x in tree_leaves(results) if isinstance(x, Tensor)]
-            found |= {("result", str(i)): local_part(x.detach()).clone() for i, x in enumerate(kept)}
+            withheld = {i for i, x in enumerate(kept) if isinstance(x, WithheldOutput)}
+            made = {i: x for i, x in enumerate(kept) if i not in withheld}
+            found |= {("result", str(i)): local_part(x.detach()).clone() for i, x in made.items()}
             outcomes.append(found)
         finally:
             snapshot.restore()
             saved.restore()
     wanted, found = outcomes
-    rows = [_row(k, found.get(k), wanted.get(k), before.get(k)) for k in {**wanted, **found}]
+    for i in withheld:  # by the captured step, which runs last
+        wanted.pop(("result", str(i)), None)
+    keys = _of_all_ranks({**wanted, **found}, job)
+    rows = [_row(k, found.get(k), wanted.get(k), before.get(k)) for k in keys]
     rows.sort(key=lambda r: -r.error)
     return StepReport(all(r.error <= tolerance for r in rows), tolerance, tuple(rows))
 
@@ -102,6 +114,15 @@ def _tensors(state: State, given: Sequence[Tensor]) -> Tensors:
     found |= {(str(m.key), _of_optimizer(names[m.parameter], m.optimizer)): m.tensor for m in state.moments}
     found |= {("argument", str(i)): x.detach() for i, x in enumerate(given)}
     return {k: local_part(v).clone() for k, v in found.items()}
+
+
+def _of_all_ranks(keys: Collection[tuple[str, str]], job: Job) -> list[tuple[str, str]]:
+    """The keys of all ranks, in one order: those of a pipeline have tensors of other names."""
+    if job.pipeline is None:
+        return list(keys)
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, list(keys))
+    return sorted({key for one in told for key in one})
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -154,8 +175,7 @@ def _row(
 ) -> Row:
     kind, name = key
     either = found if wanted is None else wanted
-    assert either is not None
-    nothing = torch.zeros_like(either, dtype=torch.double)
+    nothing = torch.zeros_like(torch.zeros(()) if either is None else either, dtype=torch.double)
     wide = nothing if wanted is None else wanted.double()
     difference = wide - (nothing if found is None else found.double())
     by_change = kind in ("parameter", "argument")

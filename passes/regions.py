@@ -65,9 +65,12 @@ def leaf_inputs(step: GraphModule) -> list[list[int | None]]:
     return [[number.get(leaf) for leaf in m.args[1]] for m in markers]
 
 
-def regions_of(step: GraphModule, leaves: Sequence[Sequence[int | None]]) -> list[Region]:
+def regions_of(
+    step: GraphModule, leaves: Sequence[Sequence[int | None]], numbers_apart: bool = False
+) -> list[Region]:
     """The regions of a functional step, in the order of their gradients; ``leaves`` as :func:`leaf_inputs`
-    found them. Raises :class:`StepError`."""
+    found them. With ``numbers_apart`` what is computed of a region's numbers alone is not part of it. Raises
+    :class:`StepError`."""
     nodes = list(step.graph.nodes)
     for number, node in enumerate(step.graph.find_nodes(op="placeholder")):
         node.meta["input"] = number
@@ -92,7 +95,7 @@ def regions_of(step: GraphModule, leaves: Sequence[Sequence[int | None]]) -> lis
             seen.add(node)
             owner |= dict.fromkeys([node, *_results(node)], number)
             frontier += node.all_input_nodes
-    _absorb(nodes, owner, after)
+    _absorb(nodes, owner, after, numbers_apart)
     for number, region in enumerate(regions):
         region.body = [n for n in nodes if owner.get(n) == number]
         _find_ends(region)
@@ -195,16 +198,24 @@ def _has_gradients(node: Node) -> bool:
     return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)
 
 
-def _absorb(nodes: Sequence[Node], owner: dict[Node, int], after: set[Node]) -> None:
+def _absorb(nodes: Sequence[Node], owner: dict[Node, int], after: set[Node], numbers_apart: bool) -> None:
     """Give regions what is computed from their values alone: a metric, say, read after the backward."""
     for node in nodes:
         if node.op != "call_function" or node in owner or node in after or compat.sets_mode(node.target):
             continue
-        of = {owner[n] for n in node.all_input_nodes if n in owner}
+        inside = [n for n in node.all_input_nodes if n in owner]
+        if numbers_apart and all(is_number(n.meta.get("val")) for n in inside):
+            continue
+        of = {owner[n] for n in inside}
         others = [n for n in node.all_input_nodes if n not in owner and n.op != "placeholder"]
         # What is drawn stays outside: a region would drop it where nothing reads it.
         if len(of) == 1 and not others and not compat.is_random(node.target):
             owner[node] = of.pop()
+
+
+def is_number(value: Any) -> bool:
+    """Whether a node's value is one number."""
+    return not isinstance(value, torch.Tensor) or value.dim() == 0
 
 
 def _find_ends(region: Region) -> None:

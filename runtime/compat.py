@@ -159,6 +159,12 @@ def specification(tensor: DTensor) -> Any:
     return tensor._spec
 
 
+def specification_on(tensor: DTensor, mesh: DeviceMesh) -> Any:
+    """The same, were the tensor on another mesh."""
+    spec = tensor._spec
+    return type(spec)(mesh, spec.placements, tensor_meta=spec.tensor_meta)
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, without a record for autograd."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
@@ -877,9 +883,10 @@ FOREACH_NORM = torch._foreach_norm
 """What ``torch.nn.utils.clip_grad_norm_`` takes the norms of gradients with."""
 
 
-def has_gradient_hooks(tensor: torch.Tensor) -> bool:
-    """Whether anything is to be called with, or after, the gradient of ``tensor``."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+def has_gradient_hooks(tensor: torch.Tensor, beside: Callable[..., Any] | None = None) -> bool:
+    """Whether anything ``beside`` one function is to be called with, or after, a tensor's gradient."""
+    held = (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
+    return any(hook is not beside for hooks in held for hook in (hooks or {}).values())
 
 
 def hooks_registered() -> int:

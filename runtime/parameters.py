@@ -121,16 +121,17 @@ def _read_of_stage(parameter: DTensor) -> Tensor:
     return whole
 
 
-def captured_parameter(parameter: nn.Parameter, leaf: Tensor) -> Tensor:
+def captured_parameter(parameter: nn.Parameter, leaf: Tensor, spec: Any) -> Tensor:
     """What stands for ``parameter`` while a training step is captured.
 
     ``leaf``, the shard that the program takes, is what it differentiates for: reads of the parameter gather
-    ``leaf``; what writes into the parameter writes into the same memory.
+    ``leaf``; what writes into the parameter writes into the same memory. ``spec`` makes a DTensor of it; None
+    where it is the whole parameter.
     """
-    if not isinstance(parameter, DTensor):
+    if spec is None:
         return leaf
-    made = compat.dtensor_of(leaf.detach(), compat.specification(parameter), parameter.requires_grad)
-    ours = ("_autodist_name", "_autodist_job")
+    made = compat.dtensor_of(leaf.detach(), spec, parameter.requires_grad)
+    ours = ("_autodist_name", "_autodist_job", "_autodist_owners")
     vars(made).update({k: v for k, v in vars(parameter).items() if k not in ours and k not in vars(made)})
     made._autodist_leaf = leaf  # type: ignore[attr-defined]
     return compat.mark_parameter(made)

@@ -12,6 +12,7 @@ gradients of one stage's parameters, which is not the model's, is refused (:clas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,9 +73,13 @@ def owners(parameter: Tensor) -> tuple[int, ...]:
 
 def own(parameter: nn.Parameter, places: tuple[int, ...]) -> nn.Parameter:
     """Note ``parameter``'s owners; what autograd gives it is a :class:`StageGradient`."""
-    setattr(parameter, _OWNERS, places)
+    note_owners(parameter, places)
     refuse_norms(parameter)
     return parameter
+
+
+def note_owners(parameter: Tensor, places: tuple[int, ...]) -> None:
+    setattr(parameter, _OWNERS, places)
 
 
 def refuse_norms(parameter: Tensor) -> None:
@@ -99,11 +104,23 @@ def is_here(parameter: DTensor) -> bool:
     return parameter.device_mesh.get_coordinate() is not None
 
 
+def place_of(tensor: DTensor, meshes: Sequence[DeviceMesh]) -> int:
+    """The place whose mesh, of those of all places, a DTensor lies on."""
+    return next(p for p, mesh in enumerate(meshes) if mesh == tensor.device_mesh)
+
+
 def absent(value: Tensor, mesh: DeviceMesh, placement: Any) -> DTensor:
     """What stands on this rank for a parameter like ``value`` that lies on ``mesh``, elsewhere."""
-    local = value.new_empty((0, *value.shape[1:]))
-    stride = torch.empty(value.shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, [placement], run_check=False, shape=value.shape, stride=stride)
+    return absent_like(value.shape, value.dtype, value.device, mesh, placement)
+
+
+def absent_like(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, mesh: DeviceMesh, placement: Any
+) -> DTensor:
+    """The same for a tensor of this kind."""
+    local = torch.empty((0, *shape[1:]), dtype=dtype, device=device)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)
 
 
 def whole_value(parameter: DTensor, mine: Tensor | None, group: str) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import autodist.backend
@@ -803,7 +803,7 @@ def test_gradient_hooks_are_seen() -> None:
         parameter = nn.Parameter(torch.ones(2))
         assert not compat.has_gradient_hooks(parameter)
         handle = getattr(parameter, register)(hook)
-        assert compat.has_gradient_hooks(parameter)
+        assert compat.has_gradient_hooks(parameter) and not compat.has_gradient_hooks(parameter, hook)
         handle.remove()
         assert not compat.has_gradient_hooks(parameter)
 
@@ -1372,3 +1372,13 @@ def test_gradients_may_be_none() -> None:
     graph = compat.trace_joint(lambda x, w: [x.sum()], [x, w], [0, 1], [tangent], [0], zeros=False)
     [results] = (n.args[0] for n in graph.graph.find_nodes(op="output"))
     assert results[2] is None and results[1] is not None
+
+
+def test_a_dtensor_on_another_mesh() -> None:
+    with compat.fake_ranks(4):
+        one, other = (DeviceMesh("cpu", ranks) for ranks in ([0, 1], [2, 3]))
+        tensor = DTensor.from_local(torch.ones(2, 3), one, [Shard(0)], run_check=False)
+        spec = compat.specification_on(tensor, other)
+        moved = compat.dtensor_of(torch.ones(2, 3), spec, False)
+        assert moved.device_mesh == other and moved.placements == tensor.placements
+        assert moved.shape == tensor.shape == (4, 3) and moved.stride() == tensor.stride()
