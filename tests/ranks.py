@@ -1,8 +1,9 @@
 """Run a function on several gloo ranks and collect what each returns.
 
 Workers are kept between tests (importing torch costs seconds), but every call makes and destroys its own
-process group, so tests do not see each other's collectives. A call that fails or overruns its time kills
-its workers; the next call starts fresh ones.
+process group, so tests do not see each other's collectives. A call that fails or overruns its time kills its
+workers, and so does one that leaves many threads (those of process groups that torch's caches keep wake a
+hundred times a second); the next call starts fresh ones.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _GRACE = 30.0  # seconds that the others have, once a rank has failed
+_THREADS = 60  # of a worker between two calls
 _START = multiprocessing.get_context("spawn")
 _POOLS: dict[int, list[tuple[Any, Connection]]] = {}
 
@@ -53,7 +55,13 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
             torch._dynamo.reset()
-        pipe.send(result)
+        pipe.send((*result, _count_threads()))
+
+
+def _count_threads() -> int:
+    """Python's own count leaves out those of process groups. Unknown but on Linux."""
+    tasks = "/proc/self/task"
+    return len(os.listdir(tasks)) if os.path.isdir(tasks) else 0
 
 
 def _pool(world_size: int) -> list[tuple[Any, Connection]]:
@@ -83,7 +91,7 @@ def _discard_all() -> None:
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, seconds: float = 240
+    function: Callable[..., Any], world_size: int, *args: Any, seconds: float = 600
 ) -> list[Any]:
     """``function(*args)`` on every rank; its results by rank.
 
@@ -94,11 +102,11 @@ def run_ranks(
         workers = _pool(world_size)
         for _, pipe in workers:
             pipe.send((os.path.join(folder, "store"), function, args, seconds))
-        results: dict[int, tuple[bool, Any]] = {}
+        results: dict[int, tuple[bool, Any, int]] = {}
         ranks = {pipe: rank for rank, (_, pipe) in enumerate(workers)}
         while len(results) < world_size:
             waiting = [p for p, r in ranks.items() if r not in results]
-            alone = any(not ok for ok, _ in results.values())
+            alone = any(not ok for ok, *_ in results.values())
             ready = wait(waiting, timeout=min(seconds, _GRACE) if alone else seconds)
             if not ready:
                 break
@@ -106,11 +114,13 @@ def run_ranks(
                 try:
                     results[ranks[pipe]] = pipe.recv()  # type: ignore[index, union-attr]
                 except EOFError:
-                    results[ranks[pipe]] = (False, "the process died")  # type: ignore[index]
+                    results[ranks[pipe]] = (False, "the process died", 0)  # type: ignore[index]
     missing = [r for r in range(world_size) if r not in results]
-    failed = {r: text for r, (ok, text) in results.items() if not ok}
+    failed = {r: text for r, (ok, text, _) in results.items() if not ok}
     failed |= {r: "no result in time" for r in missing}
     if failed:
         _discard(world_size)
         raise RankFailed("\n".join(f"rank {r}:\n{text}" for r, text in sorted(failed.items())))
+    if max(threads for *_, threads in results.values()) > _THREADS:
+        _discard(world_size)
     return [results[r][1] for r in range(world_size)]

@@ -108,10 +108,11 @@ def trained(case: str, options: dict[str, Any], sizes: Sequence[int]) -> tuple[i
         loss.backward()
         wanted = losses[coordinate].item()
         assert abs(loss.item() - wanted) < TOLERANCE * abs(wanted), (step, loss.item(), wanted)
-        count = check(model, reference, "gradient")
+        # After a step of Adam, which divides rounding by small second moments, weights differ by that.
+        count = check(model, reference, "gradient", TOLERANCE if step == 0 else 1e-4)
         stepper.step(), reference_stepper.step()
         stepper.zero_grad(), reference_stepper.zero_grad()
-    check(model, reference, "parameter", 1e-4)  # Adam divides rounding by small second moments
+    check(model, reference, "parameter", 1e-4)
     return count, len(dict(reference.named_parameters()))
 
 

@@ -901,7 +901,7 @@ def test_refusals() -> None:
         assert "cumsum" in found["strict"] and "strict=True forbids" in found["strict"]
         assert "test_sequence.py" in found["strict"] and "node '" in found["strict"]
     for message in itertools.chain(*run_ranks(different_batches, 2)):
-        assert "ranks [0, 1] split each sequence among them" in message and "rank // sp" in message
+        assert "ranks [0, 1] share their batch" in message and "rank // (sp * pp)" in message
     run_ranks(without_gathers, 2)
 
 
