@@ -37,7 +37,7 @@ from autodist.compiler import Compilation, CompiledStep, GraphReport, compile_pi
 from autodist.job import Job, start_job
 from autodist.passes.base import Phase, StepError
 from autodist.passes.capture import core_of, functional
-from autodist.passes.graph import where
+from autodist.passes.graph import num_bytes, where
 from autodist.passes.regions import Region, leaf_inputs, program_of, regions_of, returned_outputs
 from autodist.passes.step_parts import StepPart, step_parts
 from autodist.passes.step_places import (
@@ -252,6 +252,7 @@ def shard_by_step(
         raise PlanError(f"plan field 'pp' is {plan.pp}, and the step is given no model to cut.")
     plain = [m for m in modules if any(True for _ in plain_parameters(m))]
     job = next(iter(jobs.values()), None) or start_job(plan, device_of(modules[0]))
+    job.share(map(owners, state.parameters))
     if not plain:
         return job
     with job.failing_together():
@@ -481,15 +482,24 @@ class _Compiler:
         calls = [self._call(number) for number in range(len(self.step.regions))]
         wanted = [r for call in calls for _, r in call.takes if r is not None]
         parts = step_parts(self.places, self.job.place, [*self.returned, *wanted], self.written)
-        compiled = []
+        inputs = self._runtime_inputs()
         batch = "; ".join(f"{tuple(x.shape)} {x.dtype}" for x in self.captured.batch)
+        compiled = []
         for part in parts:
+            taken = {node for node, _ in part.takes}
+            beside = sum(num_bytes(n) for n in self._held(inputs) if n not in taken)
             compiled.append(
                 None if part.graph is None
-                else compile_piece(part.graph, self.captured.mode, self.job.stage, batch, kernels)
+                else compile_piece(part.graph, self.captured.mode, self.job.stage, batch, kernels, beside)
             )  # fmt: skip
-        inputs, barriers = self._runtime_inputs(), self._barriers(calls)
-        return _Running(self.job, inputs, parts, compiled, barriers, self.returned, self.state)
+        return _Running(
+            self.job, inputs, parts, compiled, self._barriers(calls), self.returned, self.state
+        )
+
+    def _held(self, inputs: Mapping[Node, int]) -> list[Node]:
+        """The inputs that this rank holds."""
+        absent = {self.inputs[i] for i, p in enumerate(self.state.parameters) if not _has(p)}
+        return [n for n in inputs if n not in absent]
 
     def _barriers(self, calls: Sequence[_Call]) -> list[_Call | tuple[tuple[Node, Sent], ...]]:
         found: list[Any] = []
