@@ -737,8 +737,10 @@ def compile_piece(
         with mode:
             inputs = [x.detach() for x in inputs]
         compiled = lower(graph, inputs, run, None)
+    if job.memory_bytes is None:
+        return compiled
     needed = beside + run._held_at_peak(_bytes(inputs))
-    if job.memory_bytes is not None and needed > job.memory_bytes:
+    if needed > job.memory_bytes:
         raise MemoryBoundError(
             f"the plan's memory bound is {size_text(job.memory_bytes)}, and what the step does with its "
             f"gradients (clipping, optimizer) needs {size_text(needed)} on this rank, parameters, gradients "

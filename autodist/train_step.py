@@ -18,6 +18,9 @@ a tensor whose sizes change is given symbols in their place.
 
 State that an optimizer makes in its first step is found after that step is captured. The program that makes
 it runs once, so it is not lowered to kernels.
+
+With ``pp`` what the step differentiates is run as a pipeline, and each rank has its share of the rest
+(:mod:`autodist.step_pipeline`).
 """
 
 from __future__ import annotations
