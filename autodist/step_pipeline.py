@@ -23,7 +23,7 @@ import copy
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -371,13 +371,20 @@ class StepPipelines:
         job, whole = self.job, self._whole
         assert whole is not None
         job.at("compiling a training step")
-        with job.failing_together(), job.stage.failing_together(), job.line.failing_together():
+        with self.failing_together():
             found = _Compiler(self, captured, state, whole, tensors)
             run = found.made(captured.lasts)
             if job.line.agreement is not None:  # nobody begins before all are ready
                 subject = f"what ranks of a pipeline do in step {next(self._number)}"
                 job.line.agreement.require(subject, {"calls and exchanges": found.places.text()})
         return found.here, CompiledStep(run, frozenset())
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Where this rank fails in the block, so do those that it shares a stage or a pipeline with."""
+        job = self.job
+        with job.failing_together(), job.stage.failing_together(), job.line.failing_together():
+            yield
 
     def _watch(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.job.monitor is None else self.job.monitor.guard(doing)
@@ -424,35 +431,23 @@ class _Compiler:
     def _share(self, of_inputs: Sequence[Places]) -> tuple[Captured, list[Reading], dict[Node, Reading]]:
         """This rank's share of what the step returns, and of what it writes."""
         captured, place = self.captured, self.job.place
-        readings = iter(self.places.readings[None])
-        specs = iter(captured.specs)
-        made, kept_specs = list[Reading](), list[Any]()
 
-        def take(mine: bool) -> None:
-            reading, spec = next(readings), next(specs)
-            if mine:
-                made.append(reading)
-                kept_specs.append(spec)
+        def here(parameter: int) -> bool:
+            return place in self.of_parameters[parameter]
 
-        for result in captured.results:
-            if result.kind == "tensor":
-                take(True)
-        gradients = [i for i in captured.new_gradients if place in self.of_parameters[i]]
-        for i in captured.new_gradients:
-            take(i in gradients)
-        moments = [m for m in captured.new_moments if place in self.of_parameters[m.parameter]]
-        for m in captured.new_moments:
-            take(m in moments)
-        for _ in captured.new_buffers:
-            take(True)
-        written = {
-            self.inputs[i]: reading
-            for i, reading in zip(self.step.written, readings, strict=True)
-            if place in of_inputs[i]
-        }
         share = copy.copy(captured)
-        share.new_gradients, share.new_moments, share.specs = gradients, moments, kept_specs
+        share.new_gradients = [i for i in captured.new_gradients if here(i)]
+        share.new_moments = [m for m in captured.new_moments if here(m.parameter)]
         share.moments = []
+        mine = [True for r in captured.results if r.kind == "tensor"]
+        mine += [here(i) for i in captured.new_gradients]
+        mine += [here(m.parameter) for m in captured.new_moments]
+        mine += [True for _ in captured.new_buffers]
+        readings = self.places.readings[None]
+        made = [r for r, is_mine in zip(readings, mine, strict=False) if is_mine]
+        share.specs = [s for s, is_mine in zip(captured.specs, mine, strict=True) if is_mine]
+        new_values = zip(self.step.written, readings[len(mine) :], strict=True)
+        written = {self.inputs[i]: reading for i, reading in new_values if place in of_inputs[i]}
         return share, made, written
 
     def _runtime_inputs(self) -> dict[Node, int]:
@@ -515,7 +510,8 @@ class _Compiler:
         region, parameters = self.step.regions[number], self.step.parameters[number]
         program = _program(self.step, number, self.names, _buffers(self.whole, self.captured))
         given = [region.inputs[p] for p in program.places]
-        mine = {self.names[i]: self.whole.parameters[i] for n, i in parameters.items() if n in given}
+        numbers = [parameters[n] for n in given if n in parameters]
+        mine = {self.names[i]: self.whole.parameters[i] for i in numbers}
         plain = next((n for n, p in mine.items() if not isinstance(p, DTensor)), None)
         if plain is not None:
             raise StepError(

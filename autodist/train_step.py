@@ -223,7 +223,7 @@ class TrainStep:
         assert self.job is not None
         dynamic = self._changing(tensors)
         try:
-            with self.job.failing_together():
+            with (self._pipelines or self.job).failing_together():
                 captured, state = self._captured(arguments, others, dynamic)
             key = self._key(structure, others, tensors, state, state.gradients())
             if self._pipelines is not None:

@@ -485,3 +485,32 @@ def test_verify() -> None:
     for right, wrong in run_ranks(verified, 2):
         assert right.startswith("passed")
         assert re.match(r"FAILED: .* 'layers\.0\.weight' is off by", wrong), wrong
+
+
+def fails() -> str:
+    """A step that one rank cannot capture, once there are programs of it."""
+    fresh()
+    torch.manual_seed(0)
+    model = Net()
+
+    def step(model: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+        loss = model(x) * scale
+        if x.shape[0] == 5 and dist.get_rank() == 1:
+            raise RuntimeError("the second rank is out of order")
+        loss.backward()
+        return loss.detach()
+
+    captured = autodist.train_step(plan={**EAGER, "pp": 2})(step)
+    assert captured(model, x_of(0), torch.ones(())).isfinite()
+    try:
+        captured(model, x_of(0, rows=5), torch.ones(()))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "ran"
+
+
+@pytest.mark.distributed
+def test_a_rank_that_cannot_capture_ends_the_others() -> None:
+    first, second = run_ranks(fails, 2)
+    assert "out of order" in first and first.startswith(("MissingRanksError", "DisagreementError")), first
+    assert second == "RuntimeError: the second rank is out of order"
