@@ -731,11 +731,11 @@ def compile_piece(
     run = Compilation(job, {}, report, 0, batch, is_step=True, lasts=kernels)
     run.updates = run.program_text(graph)
     lower = _inductor if job.plan.lowering == "inductor" and kernels and not job.dry_run else _eager
-    inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+    # Memory of its own for each: of an input and what an exchange has brought of it, one may be written.
+    values = (n.meta["val"] for n in graph.graph.find_nodes(op="placeholder"))
+    inputs = [compat.fake_like(mode, x, x.device) for x in values]
     uncached = compat.functorch_patch(enable_autograd_cache=False)
     with torch.no_grad(), compat.compiling_in(mode), uncached:
-        with mode:
-            inputs = [x.detach() for x in inputs]
         compiled = lower(graph, inputs, run, None)
     if job.memory_bytes is None:
         return compiled

@@ -94,8 +94,18 @@ def mixed(model: Any, optimizer: Any, x: Tensor) -> Tensor:
 def test_large_values_are_refused_small_ones_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net()
     given = model, torch.optim.SGD(model.parameters(), 0.1), torch.ones(2, 3)
-    _, made, _ = found(mixed, *given)
+    captured, made, inputs = found(mixed, *given)
     assert [type(b) for b in made.barriers] == [Run, Exchange]
+    written = {inputs[0]: made.readings[None][-1]}
+    *_, last = step_parts(made, 0, [], written)
+    assert last.graph is not None and {(inputs[0], True), (inputs[0], False)} <= set(last.takes)
+    job = start_job(Plan(lowering="eager"), torch.device("cpu"), alone=True)
+    taken = [torch.full(n.meta["val"].shape, float(i)) for i, (n, _) in enumerate(last.takes)]
+    own, sent = (last.takes.index((inputs[0], exchanged)) for exchanged in (False, True))
+    before = taken[sent].clone()
+    compile_piece(last.graph, captured.mode, job, "", True, 0)(*taken)
+    assert not torch.equal(taken[own], torch.full_like(before, float(own)))
+    assert torch.equal(taken[sent], before)
     monkeypatch.setattr("autodist.passes.step_places._LARGEST", 16)
     with pytest.raises(StepError, match=r"^'first.weight', 48 B of parameters.*in mixed"):
         found(mixed, *given)
