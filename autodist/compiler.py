@@ -718,21 +718,36 @@ def compile_step(captured: Captured, job: Job, kernels: bool = True) -> Compiled
 
 
 def compile_piece(
-    graph: GraphModule, mode: compat.FakeTensorMode, job: Job, batch: str, kernels: bool
+    graph: GraphModule, mode: compat.FakeTensorMode, job: Job, batch: str, kernels: bool, beside: int
 ) -> Callable[..., Any]:
-    """A piece of a captured training step that differentiates nothing, with its writes at its end; ``job`` is
-    that of the ranks that run it. Without ``kernels`` as for :func:`compile_step`."""
+    """A piece of a captured training step that differentiates nothing, with its writes at its end.
+
+    ``job`` is that of the ranks that run it, ``beside`` counts the bytes that they hold meanwhile and that it
+    does not take. Without ``kernels`` as for :func:`compile_step`. Raises
+    :class:`~autodist.passes.memory.MemoryBoundError`: such a piece is not planned for memory.
+    """
     report = GraphReport(job.next_graph(), job.hardware.stages_collectives)
     job.reports.append(report)
     run = Compilation(job, {}, report, 0, batch, is_step=True, lasts=kernels)
     run.updates = run.program_text(graph)
     lower = _inductor if job.plan.lowering == "inductor" and kernels and not job.dry_run else _eager
-    inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+    # Memory of its own for each: of an input and what an exchange has brought of it, one may be written.
+    values = (n.meta["val"] for n in graph.graph.find_nodes(op="placeholder"))
+    inputs = [compat.fake_like(mode, x, x.device) for x in values]
     uncached = compat.functorch_patch(enable_autograd_cache=False)
     with torch.no_grad(), compat.compiling_in(mode), uncached:
-        with mode:
-            inputs = [x.detach() for x in inputs]
-        return lower(graph, inputs, run, None)
+        compiled = lower(graph, inputs, run, None)
+    if job.memory_bytes is None:
+        return compiled
+    needed = beside + run._held_at_peak(_bytes(inputs))
+    if needed > job.memory_bytes:
+        raise MemoryBoundError(
+            f"the plan's memory bound is {size_text(job.memory_bytes)}, and what the step does with its "
+            f"gradients (clipping, optimizer) needs {size_text(needed)} on this rank, parameters, gradients "
+            "and optimizer state among it. Raise 'memory', or shard over more ranks ('zero', 'pp').",
+            needed,
+        )
+    return compiled
 
 
 def _movable(captured: Captured) -> list[Movable]:

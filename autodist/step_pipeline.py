@@ -23,7 +23,7 @@ import copy
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ from autodist.compiler import Compilation, CompiledStep, GraphReport, compile_pi
 from autodist.job import Job, start_job
 from autodist.passes.base import Phase, StepError
 from autodist.passes.capture import core_of, functional
-from autodist.passes.graph import where
+from autodist.passes.graph import num_bytes, where
 from autodist.passes.regions import Region, leaf_inputs, program_of, regions_of, returned_outputs
 from autodist.passes.step_parts import StepPart, step_parts
 from autodist.passes.step_places import (
@@ -252,6 +252,7 @@ def shard_by_step(
         raise PlanError(f"plan field 'pp' is {plan.pp}, and the step is given no model to cut.")
     plain = [m for m in modules if any(True for _ in plain_parameters(m))]
     job = next(iter(jobs.values()), None) or start_job(plan, device_of(modules[0]))
+    job.share(map(owners, state.parameters))
     if not plain:
         return job
     with job.failing_together():
@@ -370,13 +371,20 @@ class StepPipelines:
         job, whole = self.job, self._whole
         assert whole is not None
         job.at("compiling a training step")
-        with job.failing_together(), job.stage.failing_together(), job.line.failing_together():
+        with self.failing_together():
             found = _Compiler(self, captured, state, whole, tensors)
             run = found.made(captured.lasts)
             if job.line.agreement is not None:  # nobody begins before all are ready
                 subject = f"what ranks of a pipeline do in step {next(self._number)}"
                 job.line.agreement.require(subject, {"calls and exchanges": found.places.text()})
         return found.here, CompiledStep(run, frozenset())
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Where this rank fails in the block, so do those that it shares a stage or a pipeline with."""
+        job = self.job
+        with job.failing_together(), job.stage.failing_together(), job.line.failing_together():
+            yield
 
     def _watch(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.job.monitor is None else self.job.monitor.guard(doing)
@@ -423,35 +431,23 @@ class _Compiler:
     def _share(self, of_inputs: Sequence[Places]) -> tuple[Captured, list[Reading], dict[Node, Reading]]:
         """This rank's share of what the step returns, and of what it writes."""
         captured, place = self.captured, self.job.place
-        readings = iter(self.places.readings[None])
-        specs = iter(captured.specs)
-        made, kept_specs = list[Reading](), list[Any]()
 
-        def take(mine: bool) -> None:
-            reading, spec = next(readings), next(specs)
-            if mine:
-                made.append(reading)
-                kept_specs.append(spec)
+        def here(parameter: int) -> bool:
+            return place in self.of_parameters[parameter]
 
-        for result in captured.results:
-            if result.kind == "tensor":
-                take(True)
-        gradients = [i for i in captured.new_gradients if place in self.of_parameters[i]]
-        for i in captured.new_gradients:
-            take(i in gradients)
-        moments = [m for m in captured.new_moments if place in self.of_parameters[m.parameter]]
-        for m in captured.new_moments:
-            take(m in moments)
-        for _ in captured.new_buffers:
-            take(True)
-        written = {
-            self.inputs[i]: reading
-            for i, reading in zip(self.step.written, readings, strict=True)
-            if place in of_inputs[i]
-        }
         share = copy.copy(captured)
-        share.new_gradients, share.new_moments, share.specs = gradients, moments, kept_specs
+        share.new_gradients = [i for i in captured.new_gradients if here(i)]
+        share.new_moments = [m for m in captured.new_moments if here(m.parameter)]
         share.moments = []
+        mine = [True for r in captured.results if r.kind == "tensor"]
+        mine += [here(i) for i in captured.new_gradients]
+        mine += [here(m.parameter) for m in captured.new_moments]
+        mine += [True for _ in captured.new_buffers]
+        readings = self.places.readings[None]
+        made = [r for r, is_mine in zip(readings, mine, strict=False) if is_mine]
+        share.specs = [s for s, is_mine in zip(captured.specs, mine, strict=True) if is_mine]
+        new_values = zip(self.step.written, readings[len(mine) :], strict=True)
+        written = {self.inputs[i]: reading for i, reading in new_values if place in of_inputs[i]}
         return share, made, written
 
     def _runtime_inputs(self) -> dict[Node, int]:
@@ -481,15 +477,24 @@ class _Compiler:
         calls = [self._call(number) for number in range(len(self.step.regions))]
         wanted = [r for call in calls for _, r in call.takes if r is not None]
         parts = step_parts(self.places, self.job.place, [*self.returned, *wanted], self.written)
-        compiled = []
+        inputs = self._runtime_inputs()
         batch = "; ".join(f"{tuple(x.shape)} {x.dtype}" for x in self.captured.batch)
+        compiled = []
         for part in parts:
+            taken = {node for node, _ in part.takes}
+            beside = sum(num_bytes(n) for n in self._held(inputs) if n not in taken)
             compiled.append(
                 None if part.graph is None
-                else compile_piece(part.graph, self.captured.mode, self.job.stage, batch, kernels)
+                else compile_piece(part.graph, self.captured.mode, self.job.stage, batch, kernels, beside)
             )  # fmt: skip
-        inputs, barriers = self._runtime_inputs(), self._barriers(calls)
-        return _Running(self.job, inputs, parts, compiled, barriers, self.returned, self.state)
+        return _Running(
+            self.job, inputs, parts, compiled, self._barriers(calls), self.returned, self.state
+        )
+
+    def _held(self, inputs: Mapping[Node, int]) -> list[Node]:
+        """The inputs that this rank holds."""
+        absent = {self.inputs[i] for i, p in enumerate(self.state.parameters) if not _has(p)}
+        return [n for n in inputs if n not in absent]
 
     def _barriers(self, calls: Sequence[_Call]) -> list[_Call | tuple[tuple[Node, Sent], ...]]:
         found: list[Any] = []
@@ -505,7 +510,8 @@ class _Compiler:
         region, parameters = self.step.regions[number], self.step.parameters[number]
         program = _program(self.step, number, self.names, _buffers(self.whole, self.captured))
         given = [region.inputs[p] for p in program.places]
-        mine = {self.names[i]: self.whole.parameters[i] for n, i in parameters.items() if n in given}
+        numbers = [parameters[n] for n in given if n in parameters]
+        mine = {self.names[i]: self.whole.parameters[i] for i in numbers}
         plain = next((n for n, p in mine.items() if not isinstance(p, DTensor)), None)
         if plain is not None:
             raise StepError(

@@ -18,6 +18,9 @@ a tensor whose sizes change is given symbols in their place.
 
 State that an optimizer makes in its first step is found after that step is captured. The program that makes
 it runs once, so it is not lowered to kernels.
+
+With ``pp`` what the step differentiates is run as a pipeline, and each rank has its share of the rest
+(:mod:`autodist.step_pipeline`).
 """
 
 from __future__ import annotations
@@ -220,7 +223,7 @@ class TrainStep:
         assert self.job is not None
         dynamic = self._changing(tensors)
         try:
-            with self.job.failing_together():
+            with (self._pipelines or self.job).failing_together():
                 captured, state = self._captured(arguments, others, dynamic)
             key = self._key(structure, others, tensors, state, state.gradients())
             if self._pipelines is not None:

@@ -273,29 +273,32 @@ def related_places(
     So an average of parameters lies where the parameters do.
     """
     found = list(inputs)
-    placeholders = step.graph.find_nodes(op="placeholder")
-    while True:
-        known: dict[Node, Places] = {}
-        unknown: dict[Node, frozenset[int]] = {}
-        settled = None
-        for number, node in enumerate(placeholders):
-            known[node] = found[number] or everywhere
-            unknown[node] = frozenset() if found[number] else frozenset({number})
-        for node in step.graph.nodes:
-            if node.op == "placeholder":
-                continue
-            operands = node.all_input_nodes if node.op == "call_function" else []
-            common = everywhere.intersection(*(known[n] for n in operands))
-            among = frozenset[int]().union(*(unknown[n] for n in operands))
-            if common and common != everywhere and among:
-                settled = common, among
-                break
-            known[node] = common or everywhere
-            unknown[node] = among if common else frozenset()
-        if settled is None:
-            return found
-        for number in settled[1]:
-            found[number] = settled[0]
+    while _relate(step, found, everywhere):
+        pass
+    return found
+
+
+def _relate(step: GraphModule, found: list[Places | None], everywhere: Places) -> bool:
+    """Go through the step once; whether any input has got its places."""
+    known: dict[Node, Places] = {}
+    unknown: dict[Node, frozenset[int]] = {}
+    settled = False
+    for number, node in enumerate(step.graph.find_nodes(op="placeholder")):
+        known[node] = found[number] or everywhere
+        unknown[node] = frozenset() if found[number] else frozenset({number})
+    for node in step.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        operands = node.all_input_nodes if node.op == "call_function" else []
+        common = everywhere.intersection(*(known[n] for n in operands))
+        among = frozenset[int]().union(*(unknown[n] for n in operands))
+        known[node] = common or everywhere
+        unknown[node] = among if common == everywhere else frozenset()
+        if common and common != everywhere:
+            for number in among:
+                settled = settled or found[number] is None
+                found[number] = found[number] or common
+    return settled
 
 
 def _outputs(step: GraphModule) -> list[Node]:

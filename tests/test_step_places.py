@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -9,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from autodist.compiler import compile_piece
+from autodist.job import start_job
 from autodist.passes.analysis.hardware import hardware
 from autodist.passes.base import Context, Phase, StepError, run_passes
 from autodist.passes.capture import functional
+from autodist.passes.memory import MemoryBoundError
 from autodist.passes.optimizer import SplitForeach
 from autodist.passes.regions import leaf_inputs, regions_of
 from autodist.passes.step_parts import step_parts
 from autodist.passes.step_places import Exchange, Run, StepPlaces, related_places, step_places
+from autodist.plan import Plan
 from autodist.runtime import compat
 from autodist.runtime.exchange import Sent, _layout
 from autodist.step_capture import Captured, capture
@@ -89,8 +94,18 @@ def mixed(model: Any, optimizer: Any, x: Tensor) -> Tensor:
 def test_large_values_are_refused_small_ones_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net()
     given = model, torch.optim.SGD(model.parameters(), 0.1), torch.ones(2, 3)
-    _, made, _ = found(mixed, *given)
+    captured, made, inputs = found(mixed, *given)
     assert [type(b) for b in made.barriers] == [Run, Exchange]
+    written = {inputs[0]: made.readings[None][-1]}
+    *_, last = step_parts(made, 0, [], written)
+    assert last.graph is not None and {(inputs[0], True), (inputs[0], False)} <= set(last.takes)
+    job = start_job(Plan(lowering="eager"), torch.device("cpu"), alone=True)
+    taken = [torch.full(n.meta["val"].shape, float(i)) for i, (n, _) in enumerate(last.takes)]
+    own, sent = (last.takes.index((inputs[0], exchanged)) for exchanged in (False, True))
+    before = taken[sent].clone()
+    compile_piece(last.graph, captured.mode, job, "", True, 0)(*taken)
+    assert not torch.equal(taken[own], torch.full_like(before, float(own)))
+    assert torch.equal(taken[sent], before)
     monkeypatch.setattr("autodist.passes.step_places._LARGEST", 16)
     with pytest.raises(StepError, match=r"^'first.weight', 48 B of parameters.*in mixed"):
         found(mixed, *given)
@@ -123,3 +138,16 @@ def test_values_of_all_types_are_aligned() -> None:
     sent = [Sent(*kind, cpu) for kind in kinds]
     starts, lengths = _layout(sent)
     assert starts == [0, 0, 16] and lengths == {0: 32, 1: 16}
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = Net()
+    captured, made, inputs = found(clipped, model, torch.optim.SGD(model.parameters(), 0.1), torch.ones(2, 3))
+    readings = made.readings[None]
+    *_, last = step_parts(made, 0, [readings[0]], {inputs[0]: readings[-2]})
+    assert last.graph is not None
+    refused = pytest.raises(MemoryBoundError, match="clipping, optimizer")
+    for memory, expected in ((1000, contextlib.nullcontext()), (100, refused)):
+        job = start_job(Plan(memory=memory, lowering="eager"), torch.device("cpu"), alone=True)
+        with expected:
+            compile_piece(last.graph, captured.mode, job, "", True, 100)
