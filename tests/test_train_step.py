@@ -885,19 +885,23 @@ def test_methods(ranks: int) -> None:
 # --- composition -----------------------------------------------------------------------------------
 
 
-def compositions() -> None:
-    """Stages of ZeRO, sequence parallelism, one group of ranks and two."""
-    ranks = dist.get_world_size()
-    for zero in (0, 1, 2):
+def compositions(zeros: Sequence[int], sequences: Sequence[dict[str, Any]]) -> None:
+    for zero in zeros:
         train("mlp", OPTIMIZERS["SGD momentum"], clipped, {**EAGER, "zero": zero}, steps=3)
-    for options in ({"sp": 2}, {"sp": 2, "zero": 1}, {"sp": ranks, "zero": 2}):
+    for options in sequences:
         _, step = train("llama", adamw, clipped, {**EAGER, **options}, steps=3)
         assert any(r.name == "sequence_parallel" for r in step.job.reports[-1].records)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=thorough)])
 def test_composition(ranks: int) -> None:
-    run_ranks(compositions, ranks, seconds=600)
+    """Stages of ZeRO, sequence parallelism, one group of ranks and two."""
+    sequences = [{"sp": 2}, {"sp": 2, "zero": 1}, {"sp": ranks, "zero": 2}]
+    run_ranks(compositions, ranks, (0, 1, 2), sequences)
+
+
+def test_two_groups_of_two_ranks() -> None:
+    run_ranks(compositions, 4, (), [{"sp": 2, "zero": 1}])
 
 
 def mixed(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
