@@ -22,6 +22,7 @@ from tests.ranks import run_ranks
 
 EAGER = {"lowering": "eager"}
 NEEDS_PREPARE = {"odds"}
+FAMILIES_ON_FOUR = [("qwen3", "gpt2", "resnet"), ("bert", "t5"), ("mixtral", "vit")]
 
 
 def several(cases: list[tuple[str, dict[str, Any]]]) -> dict[str, float]:
@@ -40,11 +41,14 @@ def test_two_ranks(names: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [("llama", "llama_tied", "odds"), ("qwen3", "gpt2", "resnet"), ("bert", "t5"), ("mixtral", "vit")],
+    [
+        ("llama", "llama_tied", "odds"),
+        *(pytest.param(names, marks=pytest.mark.thorough) for names in FAMILIES_ON_FOUR),
+    ],
     ids="-".join,
 )
 def test_four_ranks(names: tuple[str, ...]) -> None:
-    run_ranks(several, 4, [(n, EAGER) for n in names], seconds=400)
+    run_ranks(several, 4, [(n, EAGER) for n in names])
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
@@ -55,7 +59,7 @@ def test_zero_stages(zero: int) -> None:
 
 @pytest.mark.parametrize("name", ["llama_tied", "resnet"])
 def test_inductor(name: str) -> None:
-    run_ranks(several, 2, [(name, {"lowering": "inductor"})], seconds=400)
+    run_ranks(several, 2, [(name, {"lowering": "inductor"})])
 
 
 def weights_kept_whole() -> list[list[str]]:

@@ -262,7 +262,7 @@ def test_families_on_two_ranks(names: tuple[str, ...]) -> None:
     "names",
     [
         ("llama odd eager", "llama_1kv", "t5 eager translated", "gemma3 odd"),
-        ("qwen3", "bert odd", "gpt2 odd", "vit"),
+        pytest.param(("qwen3", "bert odd", "gpt2 odd", "vit"), marks=pytest.mark.thorough),
     ],
     ids="-".join,
 )
@@ -272,7 +272,10 @@ def test_families_on_four_ranks(names: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [("qwen3 odd masked", "bert odd eager", "llama", "t5 odd"), ("roberta", "neox odd", "opt", "gemma2 odd")],
+    [
+        ("qwen3 odd masked", "bert odd eager", "llama", "t5 odd"),
+        pytest.param(("roberta", "neox odd", "opt", "gemma2 odd"), marks=pytest.mark.thorough),
+    ],
     ids="-".join,
 )
 def test_two_groups_of_two_ranks(names: tuple[str, ...]) -> None:
