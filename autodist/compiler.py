@@ -45,7 +45,7 @@ from autodist.passes.base import Context, Pass, Phase, Record, operators, run_pa
 from autodist.passes.bucket import Bucket
 from autodist.passes.capture import RETURNED, functional
 from autodist.passes.checkpoints import AskPolicies
-from autodist.passes.graph import num_bytes, output_of, parameter_of, tensor_bytes
+from autodist.passes.graph import behind, num_bytes, output_of, parameter_of, part_of, tensor_bytes
 from autodist.passes.host_state import HostState
 from autodist.passes.lower import Lower
 from autodist.passes.memory import Beside, Budget, MemoryBoundError, Peak, Program, fit
@@ -729,7 +729,7 @@ def compile_piece(
     report = GraphReport(job.next_graph(), job.hardware.stages_collectives)
     job.reports.append(report)
     run = Compilation(job, {}, report, 0, batch, is_step=True, lasts=kernels)
-    run.updates = run.program_text(graph)
+    run.updates = _writes_text(graph, run)
     lower = _inductor if job.plan.lowering == "inductor" and kernels and not job.dry_run else _eager
     # Memory of its own for each: of an input and what an exchange has brought of it, one may be written.
     values = (n.meta["val"] for n in graph.graph.find_nodes(op="placeholder"))
@@ -748,6 +748,13 @@ def compile_piece(
             needed,
         )
     return compiled
+
+
+def _writes_text(graph: GraphModule, run: Compilation) -> str:
+    """What a piece of a step does to its inputs. The rest, a rank's own results, may follow its batch."""
+    writes = [n for n in graph.graph.nodes if compat.is_mutating(n.target)]
+    given = graph.graph.find_nodes(op="placeholder")
+    return run.program_text(part_of(graph, given, behind(writes), tuple(writes))) if writes else ""
 
 
 def _movable(captured: Captured) -> list[Movable]:

@@ -220,6 +220,37 @@ def possibilities() -> None:
     side_by_side(lambda: Net(frozen=4), with_sgd, plain, [*some, (x_of(9, rows=5),)], programs=2)
 
 
+def mean_of(model: nn.Module, optimizer: Any, batches: Sequence[Tensor]) -> Tensor:
+    loss = sum(model(x) for x in batches) / len(batches)
+    loss.backward()  # type: ignore[union-attr]
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach() * batches[0].shape[0]  # type: ignore[union-attr]
+
+
+def uneven() -> int:
+    """A replica whose batch changes makes a program for it, and the other waits for nobody; how many there
+    are here."""
+    fresh()
+    torch.manual_seed(0)
+    model = Net()
+    reference = copy.deepcopy(model)
+    (optimizer,), (other,) = with_adam(model), with_adam(reference)
+    step = autodist.train_step(plan={**EAGER, "pp": 2, "zero": 1})(mean_of)
+    for number in range(5):
+        batches = [x_of(number, 8), x_of(number + 50, 8 if number < 3 else 5)]
+        step(model, optimizer, [batches[dist.get_rank() // 2]])
+        mean_of(reference, other, batches)
+    check(model, reference, "parameter", 1e-4)
+    return len(step.programs)
+
+
+@pytest.mark.distributed
+def test_replicas_of_uneven_batches() -> None:
+    assert run_ranks(uneven, 4) == [1, 1, 2, 2]
+
+
 @pytest.mark.distributed
 def test_what_a_step_may_do() -> None:
     run_ranks(possibilities, 2)
