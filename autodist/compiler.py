@@ -78,6 +78,7 @@ from autodist.step_capture import Captured
 _TILES = (1, 4, 16, 64)  # that token-local regions are made in, where memory is short
 _LESS = 0.95  # times what fewer tiles need: where more tiles do not need less than that, they do not help
 _CHEAP = 0.02  # of the time: what a plan may add without asking whether tiles add less
+_MISS = 0.1  # of a peak: a guess that is farther off is told of
 _PLANS = 5  # of memory, until Inductor's program keeps to one
 # Inductor moves nodes to shorten lifetimes and to bring producers to consumers; both undo a schedule.
 KEEP_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
@@ -165,9 +166,10 @@ class GraphReport:
     def restore(self, other: GraphReport) -> None:
         self.__dict__.update(vars(other.kept()))
 
-    def has_decided(self, made_by: type[Pass]) -> bool:
-        """Whether a pass of this kind did anything."""
-        return any(r.name == made_by.name and r.decisions for r in self.records)
+    @property
+    def tiles(self) -> int:
+        """The most tiles that any region could be made in, of those that are tiled."""
+        return max((d.tiles for r in self.records for d in r.decisions), default=0)
 
     @property
     def seconds(self) -> float:
@@ -214,6 +216,7 @@ class Compilation:
             fused=self.job.plan.lowering == "inductor",
             agree=self.job.lead,
             largest=self.job.largest,
+            samples=self.job.samples,
         )
 
     def transform(self, graph: GraphModule, phase: Phase) -> GraphModule:
@@ -313,6 +316,8 @@ class Compilation:
         """
         if self.job.memory_bytes is None:
             return compiled(graph)
+        if self.job.samples is not None:
+            return self._sampled(graph, compiled)
         best: tuple[float, Callable[..., Any], GraphReport] | None = None
         refusals: list[MemoryBoundError] = []
         for self.tiles in _TILES:
@@ -329,12 +334,21 @@ class Compilation:
                 best = seconds, made, self.report.kept()
                 if self._all_say("cheap", graph, self.added <= _CHEAP * seconds):
                     break
-            if self.tiles > 1 and not self.report.has_decided(Tile):
-                break  # nothing is as large as that
+            if 1 < self.tiles >= self.report.tiles:
+                break  # more would make the same program
         if best is None:
             raise min(refusals, key=lambda e: e.least)
         self.report.restore(best[2])
         return best[1]
+
+    def _sampled(
+        self, graph: GraphModule, compiled: Callable[[GraphModule], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        """``compiled(graph)``, without tiles and with few."""
+        for self.tiles in _TILES[:2]:
+            self.report.clear()
+            made = compiled(copy.deepcopy(graph))
+        return made
 
     def _all_say(self, what: str, graph: GraphModule, answer: bool) -> bool:
         """The first rank's answer."""
@@ -360,6 +374,12 @@ class Compilation:
             made = compiled(copy.deepcopy(graph))
             emitted = [self.report.emitted_peak(part) for part in self.report.programs]
             held_at_peak = max(emitted) + held if emitted else 0
+            guessed = max((t.peak_bytes for t in self.report.timelines.values()), default=0)
+            if emitted and abs(guessed - held_at_peak) > _MISS * held_at_peak:
+                log.warning(
+                    "graph %d: the program that Inductor emitted holds %s, where %s were guessed",
+                    self.report.number, size_text(held_at_peak), size_text(guessed),
+                )  # fmt: skip
             over = self.job.largest(f"what {self._planned(graph)} lacks", held_at_peak - room)
             alone = held_at_peak > room + over  # this batch is larger than those that it was settled for
             held_at_peak = max(held_at_peak, room + over)
@@ -372,7 +392,6 @@ class Compilation:
                 "graph %d: Inductor's program holds %s more than the plan's memory; planning again",
                 self.report.number, size_text(held_at_peak - room),
             )  # fmt: skip
-            guessed = max(t.peak_bytes for t in self.report.timelines.values())
             aim = room - (held_at_peak - guessed)  # as far off as this guess was, the next may be
             tighter = aim if self.aim is None else min(aim, self.aim - int(1.25 * (held_at_peak - room)))
             self.aim = 0 if attempt == _PLANS - 2 else tighter  # at last, what holds the least

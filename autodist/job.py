@@ -42,7 +42,8 @@ class Job:
     when the plan has no ``sp``.
 
     ``artifacts`` is the folder for what a person may want to read. In a ``dry_run`` all decisions
-    are made as ever, but nothing is compiled to kernels: the graphs run on fake tensors.
+    are made as ever, but nothing is compiled to kernels: the graphs run on fake tensors. Where there are
+    ``samples`` memory is not planned: they collect what plans are made of, with each number of tiles.
     """
 
     plan: Plan
@@ -55,6 +56,7 @@ class Job:
     led: dict[str, str] = field(default_factory=dict)
     artifacts: Path | None = field(default_factory=artifact_folder)
     dry_run: bool = False
+    samples: list[Any] | None = None
 
     @property
     def keep_text(self) -> bool:

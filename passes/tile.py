@@ -24,7 +24,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from autodist.passes.analysis.chunks import Places, Region, Regions
-from autodist.passes.base import Context, Pass, Phase, size_text
+from autodist.passes.base import Context, Means, Pass, Phase, size_text
 from autodist.passes.capture import core_of, rebuilt
 from autodist.passes.graph import replace
 from autodist.runtime import compat
@@ -39,7 +39,7 @@ class Tile(Pass):
     """Make a region in ``pieces``, or as many as make what is inside as small as what comes in or goes out.
 
     It is left whole where that makes little of it smaller, or where it holds less than a piece of the
-    largest.
+    largest. Where no region wants more than ``pieces``, more of them make the same program.
     """
 
     pieces: int
@@ -52,22 +52,22 @@ class Tile(Pass):
         named = set(core.parameters(context.parameters))
         regions = Regions(core.graph, self.pieces, named)
         found = regions.found(*core.fakes)
-        largest = max((r.inside for r in found), default=0)
-        counts = {
-            r.nodes[0]: min(self.pieces, 2 ** round(math.log2(r.inside / r.border)))
-            for r in found
-            if r.inside >= _WORTH * r.border > 0 and r.inside * self.pieces > largest
-        }
-        if not counts:
+        worth = [r for r in found if r.inside >= _WORTH * r.border > 0]
+        if not worth:
             return graph
+        largest = max(worth, key=lambda r: r.inside)
+        least = largest.inside / self._count(largest)
+        counts = {r.nodes[0]: self._count(r) for r in worth if r.inside > least}
         draws = [n for n in regions.order if compat.is_random(n.target)]
         if draws != [n for n in core.graph.graph.nodes if compat.is_random(n.target)]:
             context.decide("program", "not tiled", "random numbers would be drawn in another order")
             return graph
         tiled = _Tiled(core.graph, regions.order)
-        for size in set(counts.values()):
-            regions = Regions(core.graph, size, named)
-            for region in regions.found(*core.fakes):
+        for size in sorted(set(counts.values()), reverse=True):
+            if size != self.pieces:
+                regions = Regions(core.graph, size, named)
+                found = regions.found(*core.fakes)
+            for region in found:
                 if counts.get(region.nodes[0]) == size:
                     tiled.add(region, regions)
         made = rebuilt(graph, core, core.trace(tiled.run))
@@ -79,8 +79,19 @@ class Tile(Pass):
                 f"in {counts[node]} tiles",
                 f"{len(region.nodes)} token-local operators: what is inside takes up to "
                 f"{size_text(region.inside)}, what comes in or goes out {size_text(region.border)}",
+                Means.TILE,
+                _wanted(region),
             )
         return made
+
+
+    def _count(self, region: Region) -> int:
+        return min(self.pieces, _wanted(region))
+
+
+def _wanted(region: Region) -> int:
+    """Tiles that make what is inside as small as what comes in or goes out."""
+    return 2 ** round(math.log2(region.inside / region.border))
 
 
 def _without_idle_dropout(graph: GraphModule) -> None:
