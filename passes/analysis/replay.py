@@ -14,8 +14,10 @@ searches measures it once and reads the choice that is found properly.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 
+import numpy as np
 from torch.fx import GraphModule, Node
 
 from autodist.passes.analysis.budget import How
@@ -55,26 +57,37 @@ class Replay:
             for found in (outputs[:num_outputs], outputs[num_outputs:])
         )
         same, number = shared_storages(joint.graph), dict[int, int]()
-        self.size: list[int] = []
+        sizes: list[int] = []
         self.buffers: list[list[int]] = []
         for i, node in enumerate(graph):
             mine = []
             for tensor in tensors(node):
                 key = same.get(compat.storage_key(tensor), compat.storage_key(tensor))
                 if key not in number:
-                    number[key] = len(self.size)
+                    number[key] = len(sizes)
                     held = compat.size_hint(tensor.untyped_storage().nbytes())
-                    self.size.append(held if self.is_stored[i] or self.given[i] else 0)
+                    sizes.append(held if self.is_stored[i] or self.given[i] else 0)
                 mine.append(number[key])
             self.buffers.append(mine)
+        self.sizes = np.array(sizes, dtype=np.int64)
+
+    def resized(self, sizes: np.ndarray) -> Replay:
+        """The same program with other ``sizes`` of its buffers."""
+        other = copy.copy(self)
+        other.sizes = sizes
+        return other
 
     def peak(self, how: Sequence[How]) -> int:
         """Bytes that the parts hold at the most when ``how`` becomes of the nodes."""
+        return int(self.held(how).max(initial=0))
+
+    def held(self, how: Sequence[How]) -> np.ndarray:
+        """Bytes that are held at each point of the parts: sums of ``sizes``, also where these are rows."""
         kept = {i for i, h in zip(self.chosen, how, strict=True) if h in (How.SAVE, How.OFFLOAD)}
         moved = {i for i, h in zip(self.chosen, how, strict=True) if h is How.OFFLOAD}
-        return max(self._forward(kept, moved), self._backward(kept, moved))
+        return np.concatenate([self._forward(kept, moved), self._backward(kept, moved)])
 
-    def _forward(self, kept: set[int], moved: set[int]) -> int:
+    def _forward(self, kept: set[int], moved: set[int]) -> np.ndarray:
         ends = kept | set(self.results)
         needed = [i in ends for i in range(len(self.inputs))]
         for i in reversed(range(len(needed))):
@@ -84,7 +97,7 @@ class Replay:
         order = [i for i, n in enumerate(needed) if (n or self.given[i]) and not self.is_backward[i]]
         return self._held(order, set(), ends - moved, True)
 
-    def _backward(self, kept: set[int], moved: set[int]) -> int:
+    def _backward(self, kept: set[int], moved: set[int]) -> np.ndarray:
         needed = [False] * len(self.inputs)
         for i in self.gradients:
             needed[i] = True
@@ -115,8 +128,8 @@ class Replay:
                 done.add(i)
                 order.append(i)
 
-    def _held(self, order: list[int], early: set[int], ends: set[int], forward: bool) -> int:
-        """The most that is alive while ``order`` runs; inputs and ``early`` values are there before it."""
+    def _held(self, order: list[int], early: set[int], ends: set[int], forward: bool) -> np.ndarray:
+        """What is alive while ``order`` runs; inputs and ``early`` values are there before it."""
         end = len(order)
         last = dict[int, int]()
         for at in reversed(range(end)):
@@ -134,12 +147,11 @@ class Replay:
             for b in self.buffers[i]:
                 born[b] = min(born.get(b, start), start)
                 dies[b] = max(dies.get(b, 0), until)
-        change = [0] * (end + 2)
-        for b, start in born.items():
-            change[start] += self.size[b]
-            change[dies[b] + 1] -= self.size[b]
-        peak = total = 0
-        for step in change:
-            total += step
-            peak = max(peak, total)
-        return peak
+        change = np.zeros((end + 2, *self.sizes.shape[1:]), dtype=self.sizes.dtype)
+        alive = self.sizes[np.fromiter(born, int)]
+        np.add.at(change, np.fromiter(born.values(), int), alive)
+        np.subtract.at(change, np.fromiter((dies[b] + 1 for b in born), int), alive)
+        return change.cumsum(axis=0)
+
+
+__all__ = ["Replay"]
