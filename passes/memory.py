@@ -6,8 +6,9 @@ between them.
 
 The budget is on the *peak* of a part: choices are searched for the cheapest that meets it
 (:mod:`autodist.passes.analysis.search`), each replayed on the joint graph
-(:mod:`autodist.passes.analysis.replay`). The choice found is extracted and scheduled, and its peak read off
-the schedule; where the replay was off by some bytes, the search is made again with that correction.
+(:mod:`autodist.passes.analysis.replay`). Parts of the choice found are drafted
+(:mod:`autodist.passes.drafts`) and scheduled, and their peak read off the schedule; where the replay was off
+by some bytes, the search is made again with that correction. The choice taken is extracted.
 
 When what torch's min-cut saves fits, that is taken: nothing is offloaded, nor recomputed beyond it, and room
 that is left goes to weights kept from forward to backward, those first that save the most gather time a byte.
@@ -54,6 +55,7 @@ from autodist.passes.analysis.replay import Replay
 from autodist.passes.analysis.savable import READS, Rules, Savable, backward_nodes, is_number, savable
 from autodist.passes.analysis.search import Search, Try
 from autodist.passes.base import Context, Means, PassError, size_text
+from autodist.passes.drafts import Parts, drafted, names
 from autodist.passes.graph import (
     insert,
     is_copy,
@@ -70,8 +72,6 @@ _ATTEMPTS = 3
 _CORRECTIONS = 6
 _NEAR = 0.02  # of the room: as close as it is worth to come
 _DOUBT = 0.3  # of a guessed peak
-
-Parts = tuple[GraphModule, GraphModule]
 
 
 class MemoryBoundError(PassError):
@@ -177,6 +177,8 @@ class _Fit:
         self.values = (*self.found.values, *(_value_of(k, budget.host > 0, copies) for k in program.state))
         self.room = budget.device
         self.peaks: dict[tuple[How, ...], Peak] = {}
+        self.drafts: dict[tuple[How, ...], tuple[tuple[str, ...], ...]] = {}
+        self.drafting = all(n.op == "placeholder" for n in (*self.sizes, *self.opaque))
         nodes, fused = self.found.nodes, context.fused
         self.replay = Replay(program.joint, program.num_outputs, nodes, backward, fused)
         self.correction = 0
@@ -194,6 +196,7 @@ class _Fit:
         for attempt in range(_ATTEMPTS):
             label = f"memory plan {attempt} of {subject}"
             choice = self._read(self.context.agree(label, lambda: self._written_choice(as_is)))
+            parts = self._made(choice)
             peak = self._measured(choice).num_bytes
             over = peak - self.budget.device
             worst = most(f"what {label} lacks", over)
@@ -202,7 +205,7 @@ class _Fit:
                 added = max(choice.seconds - as_is.choice.seconds, 0.0)
                 state = enumerate(self._of_state(choice.how))
                 moved = frozenset(i for i, h in state if h is How.OFFLOAD)
-                return Fitted(self._parts(choice), added, peak, moved)
+                return Fitted(parts, added, peak, moved)
             alone = over > worst  # settled before, with smaller batches
             if alone:
                 break
@@ -318,7 +321,9 @@ class _Fit:
     def _measured(self, choice: Choice) -> Peak:
         of_parts = self._of_parts(choice.how)
         if of_parts not in self.peaks:
-            self.peaks[of_parts] = self.measure(self._parts(choice))
+            draft = self._draft(choice) if self.drafting else self._parts(choice)
+            self.drafts[of_parts] = names(draft)
+            self.peaks[of_parts] = self.measure(draft)
         found, beside = self.peaks[of_parts], [(k.name, k.num_bytes) for k in self._beside(choice.how)]
         top = sorted([*found.top, *beside], key=operator.itemgetter(1), reverse=True)
         return Peak(found.num_bytes + sum(size for _, size in beside), tuple(top))
@@ -390,10 +395,31 @@ class _Fit:
         parts = compat.extract_parts(
             program.joint, saved, self.sizes, self.opaque, program.num_outputs, program.lasting
         )
-        moved = {n.name for n, h in kept.items() if h is How.OFFLOAD}
-        if moved:
-            _offload(parts, moved, program.num_outputs, self.budget.host, self.context.hardware)
+        self._offload(parts, choice)
         return parts
+
+    def _draft(self, choice: Choice) -> Parts:
+        """What :meth:`_parts` will be, for its peak."""
+        kept = self.replay.kept(self._of_parts(choice.how))
+        parts = drafted(self.program.joint, self.program.num_outputs, self.replay, kept)
+        self._offload(parts, choice)
+        return parts
+
+    def _made(self, choice: Choice) -> Parts:
+        """The parts of a choice. Where they are not what its peak was read from, it is read again from them,
+        and those of later choices, too."""
+        parts = self._parts(choice)
+        self._measured(choice)
+        if names(parts) != self.drafts[self._of_parts(choice.how)]:
+            self.drafting = False
+            self.peaks.clear()
+        return parts
+
+    def _offload(self, parts: Parts, choice: Choice) -> None:
+        chosen = zip(self.found.nodes, choice.how, strict=False)  # what follows is state
+        moved = {n.name for n, h in chosen if h is How.OFFLOAD}
+        if moved:
+            _offload(parts, moved, self.program.num_outputs, self.budget.host, self.context.hardware)
 
 
 def _value_of(kept: Beside, can_move: bool, bandwidth: float) -> Value:

@@ -3,7 +3,8 @@
 The parts run the joint graph's nodes in its order:
 
     forward     what its results, and the values chosen to be saved or offloaded, are computed from
-    backward    what gradients are computed from, each recomputed value just before its first reader
+    backward    what gradients are computed from, each recomputed value just before its first reader, as
+                torch's partitioner arranges them
 
 and a buffer lives from the first node that makes it, or from the start of the part if it is given, to the
 last node that reads it, or to the end if it is handed on. That takes milliseconds for a graph of thousands
@@ -15,7 +16,7 @@ searches measures it once and reads the choice that is found properly.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from torch.fx import GraphModule, Node
@@ -42,7 +43,7 @@ class Replay:
         backward: Collection[Node],
         fused: bool,
     ) -> None:
-        graph = [n for n in joint.graph.nodes if n.op != "output"]
+        graph = self.nodes = [n for n in joint.graph.nodes if n.op != "output"]
         place = {n: i for i, n in enumerate(graph)}
         stored = fuse(joint.graph).stored if fused else None
         self.inputs = [[place[u] for u in n.all_input_nodes] for n in graph]
@@ -50,6 +51,8 @@ class Replay:
         self.lasts = [self.given[i] and compat.placeholder_index(n) is not None for i, n in enumerate(graph)]
         self.is_stored = [stored is None or n in stored for n in graph]
         self.is_backward = [n in backward for n in graph]
+        tangents = {i for i, n in enumerate(graph) if n.op == "placeholder" and compat.is_tangent(n)}
+        self.reads_tangent = [not tangents.isdisjoint(inputs) for inputs in self.inputs]
         self.chosen = [place[n] for n in nodes]
         outputs: Sequence[object] = output_of(joint).args[0]  # type: ignore[assignment]
         self.results, self.gradients = (
@@ -83,50 +86,60 @@ class Replay:
 
     def held(self, how: Sequence[How]) -> np.ndarray:
         """Bytes that are held at each point of the parts: sums of ``sizes``, also where these are rows."""
-        kept = {i for i, h in zip(self.chosen, how, strict=True) if h in (How.SAVE, How.OFFLOAD)}
+        kept = self.kept(how)
         moved = {i for i, h in zip(self.chosen, how, strict=True) if h is How.OFFLOAD}
-        return np.concatenate([self._forward(kept, moved), self._backward(kept, moved)])
+        forward = self._held(self.forward(kept), set(), (kept | set(self.results)) - moved, True)
+        backward = self._held(self.backward(kept), kept - moved, set(self.gradients), False)
+        return np.concatenate([forward, backward])
 
-    def _forward(self, kept: set[int], moved: set[int]) -> np.ndarray:
-        ends = kept | set(self.results)
-        needed = [i in ends for i in range(len(self.inputs))]
-        for i in reversed(range(len(needed))):
-            if needed[i]:
-                for u in self.inputs[i]:
-                    needed[u] = True
-        order = [i for i, n in enumerate(needed) if (n or self.given[i]) and not self.is_backward[i]]
-        return self._held(order, set(), ends - moved, True)
+    def kept(self, how: Sequence[How]) -> set[int]:
+        """The nodes whose values are saved or offloaded, by their numbers."""
+        return {i for i, h in zip(self.chosen, how, strict=True) if h in (How.SAVE, How.OFFLOAD)}
 
-    def _backward(self, kept: set[int], moved: set[int]) -> np.ndarray:
+    def forward(self, kept: set[int]) -> list[int]:
+        """The nodes of the forward part, in order, its inputs among them."""
+        needed = self._needed(kept | set(self.results), set())
+        return [i for i, n in enumerate(needed) if (n or self.given[i]) and not self.is_backward[i]]
+
+    def backward(self, kept: set[int]) -> list[int]:
+        """The nodes of the backward part, in order: what it is given first, then from the first that reads a
+        tangent on each after what it needs that has not been made."""
+        needed = self._needed(self.gradients, kept)
+        order = [i for i, n in enumerate(needed) if n and (self.given[i] or i in kept)]
+        done = bytearray(len(needed))
+        for i in order:
+            done[i] = 1
+        wanted = [i for i, n in enumerate(needed) if n and not done[i]]
+        first = next((k for k, i in enumerate(wanted) if self.reads_tangent[i]), 0)
+        for nodes in (*([i] for i in wanted[first:]), self.gradients):
+            missing = self._missing(nodes, done)
+            for i in missing:
+                done[i] = 1
+            order += missing
+        return order
+
+    def _needed(self, ends: Iterable[int], kept: set[int]) -> list[bool]:
+        """What ``ends`` are computed from, as far as what is ``kept``."""
         needed = [False] * len(self.inputs)
-        for i in self.gradients:
+        for i in ends:
             needed[i] = True
         for i in reversed(range(len(needed))):
             if needed[i] and i not in kept:
                 for u in self.inputs[i]:
                     needed[u] = True
-        order: list[int] = []
-        done: set[int] = set()
-        for i, wanted in enumerate(needed):
-            if wanted and self.is_backward[i]:
-                self._run(i, kept, done, order)
-        for i in self.gradients:
-            self._run(i, kept, done, order)
-        return self._held(order, kept - moved, set(self.gradients), False)
+        return needed
 
-    def _run(self, node: int, kept: set[int], done: set[int], order: list[int]) -> None:
-        """``node`` after what it needs that has not been made."""
-        stack = [node]
-        while stack:
-            i = stack[-1]
-            missing = [] if i in kept or i in done else [u for u in self.inputs[i] if u not in done]
-            if missing:
-                stack += reversed(missing)
-                continue
-            stack.pop()
-            if i not in done:
-                done.add(i)
-                order.append(i)
+    def _missing(self, nodes: list[int], done: bytearray) -> list[int]:
+        """What is not ``done`` of ``nodes`` and all that they are computed from, in order."""
+        if len(nodes) == 1 and not done[nodes[0]] and all(done[u] for u in self.inputs[nodes[0]]):
+            return nodes
+        found, frontier = set[int](), list(nodes)
+        while frontier:
+            i = frontier.pop()
+            if not done[i] and i not in found:
+                found.add(i)
+                frontier += self.inputs[i]
+        return sorted(found)
 
     def _held(self, order: list[int], early: set[int], ends: set[int], forward: bool) -> np.ndarray:
         """What is alive while ``order`` runs; inputs and ``early`` values are there before it."""
