@@ -1,4 +1,4 @@
-"""What a choice is said to hold, without extracting its parts, is what its parts hold."""
+"""What a choice is said to hold, without extracting its parts, is what its parts hold, and drafts are they."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from autodist.passes import memory
 from autodist.passes.analysis.liveness import liveness
 from autodist.passes.analysis.search import Search
 from autodist.passes.base import Context
+from autodist.passes.drafts import names
 from tests.models import CASES
 from tests.sequence import fresh
 from tests.test_memory_plan import MODELS
@@ -32,6 +33,7 @@ def test_peaks_of_choices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for way, share in itertools.product(search.ways[:3], (0.0, 0.3, 0.7)):
             least = way.least()
             choice = way.solve(int(least.device_bytes + share * (most - least.device_bytes)))
+            assert names(fit._draft(choice)) == names(fit._parts(choice))
             found.append((fit.replay.peak(choice.how), fit._measured(choice).num_bytes))
         return memory.fit(program, budget, context, measure)
 

@@ -111,11 +111,10 @@ class Replay:
             done[i] = 1
         wanted = [i for i, n in enumerate(needed) if n and not done[i]]
         first = next((k for k, i in enumerate(wanted) if self.reads_tangent[i]), 0)
-        for nodes in (*([i] for i in wanted[first:]), self.gradients):
-            missing = self._missing(nodes, done)
-            for i in missing:
-                done[i] = 1
-            order += missing
+        for i in wanted[first:]:
+            if not done[i]:
+                self._run([i], done, order)
+        self._run(self.gradients, done, order)
         return order
 
     def _needed(self, ends: Iterable[int], kept: set[int]) -> list[bool]:
@@ -129,41 +128,45 @@ class Replay:
                     needed[u] = True
         return needed
 
-    def _missing(self, nodes: list[int], done: bytearray) -> list[int]:
-        """What is not ``done`` of ``nodes`` and all that they are computed from, in order."""
-        if len(nodes) == 1 and not done[nodes[0]] and all(done[u] for u in self.inputs[nodes[0]]):
-            return nodes
-        found, frontier = set[int](), list(nodes)
+    def _run(self, nodes: list[int], done: bytearray, order: list[int]) -> None:
+        """Append what is not ``done`` of ``nodes`` and all that they are computed from, in order."""
+        missing, frontier = set[int](), set(nodes)
         while frontier:
-            i = frontier.pop()
-            if not done[i] and i not in found:
-                found.add(i)
-                frontier += self.inputs[i]
-        return sorted(found)
+            missing |= frontier
+            frontier = {u for i in frontier for u in self.inputs[i] if not done[u] and u not in missing}
+        for i in sorted(missing):
+            if not done[i]:
+                done[i] = 1
+                order.append(i)
 
     def _held(self, order: list[int], early: set[int], ends: set[int], forward: bool) -> np.ndarray:
         """What is alive while ``order`` runs; inputs and ``early`` values are there before it."""
-        end = len(order)
-        last = dict[int, int]()
+        end, count = len(order), len(self.sizes)
+        last = [-1] * len(self.inputs)
         for at in reversed(range(end)):
             i = order[at]
-            read = last.setdefault(i, at)
+            if last[i] < 0:
+                last[i] = at
             # What is not stored is computed where it is read, and what it reads must live as long.
-            until = at if self.is_stored[i] or not self.buffers[i] else read
+            until = at if self.is_stored[i] or not self.buffers[i] else last[i]
             if i not in early:
                 for u in self.inputs[i]:
-                    last[u] = max(last.get(u, 0), until)
-        born, dies = dict[int, int](), dict[int, int]()
+                    if last[u] < until:
+                        last[u] = until
+        born, dies = [end] * count, [-1] * count
         for at, i in enumerate(order):
             until = end if i in ends or self.lasts[i] or (forward and self.given[i]) else last[i]
             start = 0 if self.given[i] or i in early else at
             for b in self.buffers[i]:
-                born[b] = min(born.get(b, start), start)
-                dies[b] = max(dies.get(b, 0), until)
+                if start < born[b]:
+                    born[b] = start
+                if until > dies[b]:
+                    dies[b] = until
+        starts, stops = np.array(born), np.array(dies) + 1
+        lives = stops > 0
         change = np.zeros((end + 2, *self.sizes.shape[1:]), dtype=self.sizes.dtype)
-        alive = self.sizes[np.fromiter(born, int)]
-        np.add.at(change, np.fromiter(born.values(), int), alive)
-        np.subtract.at(change, np.fromiter((dies[b] + 1 for b in born), int), alive)
+        np.add.at(change, starts[lives], self.sizes[lives])
+        np.subtract.at(change, stops[lives], self.sizes[lives])
         return change.cumsum(axis=0)
 
 
