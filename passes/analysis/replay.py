@@ -89,7 +89,7 @@ class Replay:
         kept = self.kept(how)
         moved = {i for i, h in zip(self.chosen, how, strict=True) if h is How.OFFLOAD}
         forward = self._held(self.forward(kept), set(), (kept | set(self.results)) - moved, True)
-        backward = self._held(self.backward(kept), kept - moved, set(self.gradients), False)
+        backward = self._held(self.backward(kept, moved), kept - moved, set(self.gradients), False)
         return np.concatenate([forward, backward])
 
     def kept(self, how: Sequence[How]) -> set[int]:
@@ -101,11 +101,11 @@ class Replay:
         needed = self._needed(kept | set(self.results), set())
         return [i for i, n in enumerate(needed) if (n or self.given[i]) and not self.is_backward[i]]
 
-    def backward(self, kept: set[int]) -> list[int]:
+    def backward(self, kept: set[int], moved: Collection[int] = ()) -> list[int]:
         """The nodes of the backward part, in order: what it is given first, then from the first that reads a
-        tangent on each after what it needs that has not been made."""
+        tangent on each after what it needs that has not been made. Those ``moved`` come back when needed."""
         needed = self._needed(self.gradients, kept)
-        order = [i for i, n in enumerate(needed) if n and (self.given[i] or i in kept)]
+        order = [i for i, n in enumerate(needed) if n and (self.given[i] or i in kept) and i not in moved]
         done = bytearray(len(needed))
         for i in order:
             done[i] = 1
@@ -113,8 +113,8 @@ class Replay:
         first = next((k for k, i in enumerate(wanted) if self.reads_tangent[i]), 0)
         for i in wanted[first:]:
             if not done[i]:
-                self._run([i], done, order)
-        self._run(self.gradients, done, order)
+                self._run([i], moved, done, order)
+        self._run(self.gradients, moved, done, order)
         return order
 
     def _needed(self, ends: Iterable[int], kept: set[int]) -> list[bool]:
@@ -128,12 +128,13 @@ class Replay:
                     needed[u] = True
         return needed
 
-    def _run(self, nodes: list[int], done: bytearray, order: list[int]) -> None:
+    def _run(self, nodes: list[int], moved: Collection[int], done: bytearray, order: list[int]) -> None:
         """Append what is not ``done`` of ``nodes`` and all that they are computed from, in order."""
         missing, frontier = set[int](), set(nodes)
         while frontier:
             missing |= frontier
-            frontier = {u for i in frontier for u in self.inputs[i] if not done[u] and u not in missing}
+            made = (i for i in frontier if i not in moved)
+            frontier = {u for i in made for u in self.inputs[i] if not done[u] and u not in missing}
         for i in sorted(missing):
             if not done[i]:
                 done[i] = 1
