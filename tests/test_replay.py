@@ -1,4 +1,4 @@
-"""What a choice is said to hold, without extracting its parts, is what they hold; and drafts are the parts."""
+"""What a choice is said to hold, without extracting its parts, is what they hold; drafts are the parts."""
 
 from __future__ import annotations
 
