@@ -121,7 +121,7 @@ def _files(
     }
     rank = f"rank {dist.get_rank() if dist.is_initialized() else 0}"
     decisions = [
-        {"pass": r.name, "phase": r.phase.value, **asdict(d)}
+        {"pass": r.name, "phase": r.phase.value, **asdict(d), "means": d.means and d.means.value}
         for r in report.records
         for d in r.decisions
     ]

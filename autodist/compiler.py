@@ -81,6 +81,7 @@ from autodist.step_capture import Captured
 _TILES = (1, 4, 16, 64)  # that token-local regions are made in, where memory is short
 _LESS = 0.95  # times what fewer tiles need: where more tiles do not need less than that, they do not help
 _CHEAP = 0.02  # of the time: what a plan may add without asking whether tiles add less
+_MISS = 0.1  # of a peak: a guess that is farther off is told of
 _PLANS = 5  # of memory, until Inductor's program keeps to one
 # Inductor moves nodes to shorten lifetimes and to bring producers to consumers; both undo a schedule.
 KEEP_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
@@ -174,9 +175,10 @@ class GraphReport:
     def restore(self, other: GraphReport) -> None:
         self.__dict__.update(vars(other.kept()))
 
-    def has_decided(self, made_by: type[Pass]) -> bool:
-        """Whether a pass of this kind did anything."""
-        return any(r.name == made_by.name and r.decisions for r in self.records)
+    @property
+    def tiles(self) -> int:
+        """The most tiles that any region could be made in, of those that are tiled."""
+        return max((d.tiles for r in self.records for d in r.decisions), default=0)
 
     @property
     def seconds(self) -> float:
@@ -246,6 +248,7 @@ class Compilation:
             fused=self.job.plan.lowering == "inductor",
             agree=self.job.lead,
             largest=self.job.largest,
+            samples=self.job.samples,
         )
 
     @classmethod
@@ -384,6 +387,8 @@ class Compilation:
         memory = self.job.memory_bytes
         if memory is None:
             return compiled(graph)
+        if self.job.samples is not None:
+            return self._sampled(graph, compiled)
         needed = held - sum(m.num_bytes for m in self.state if m.position is not None)
         lacks = needed + returned + self.resident - memory
         lacks = self.job.largest(f"what {self._planned(graph)} lacks for its results", lacks)
@@ -422,13 +427,22 @@ class Compilation:
                 best = seconds, made, self.report.kept(), set(self.withheld), set(self.moved)
                 if self._all_say("cheap", graph, self.added <= _CHEAP * seconds):
                     break
-            if self.tiles > 1 and not self.report.has_decided(Tile):
-                break  # nothing is as large as that
+            if 1 < self.tiles >= self.report.tiles:
+                break  # more would make the same program
         if best is None:
             raise min(refusals, key=lambda e: e.least)
         self.report.restore(best[2])
         self.withheld, self.moved = best[3:]
         return best[1]
+
+    def _sampled(
+        self, graph: GraphModule, compiled: Callable[[GraphModule], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        """``compiled(graph)``, without tiles and with few."""
+        for self.tiles in _TILES[:2]:
+            self.report.clear()
+            made = compiled(copy.deepcopy(graph))
+        return made
 
     def _all_say(self, what: str, graph: GraphModule, answer: bool) -> bool:
         """The first rank's answer."""
@@ -456,6 +470,7 @@ class Compilation:
             self.planned = 0
             made = compiled(copy.deepcopy(graph))
             held_at_peak = self._held_at_peak(held)
+            self._tell_of_a_miss(held_at_peak)
             over = self.job.largest(f"what {self._planned(graph)} lacks", held_at_peak - room)
             alone = held_at_peak > room + over  # this batch is larger than those that it was settled for
             held_at_peak = max(held_at_peak, room + over)
@@ -485,8 +500,7 @@ class Compilation:
         """What the next plan aims at, where the program made of the last one holds more than its room."""
         if self.is_step:  # also between and after forwards and backwards, of which alone there are plans
             return self.planned - int(1.1 * (held - room))
-        guessed = max(t.peak_bytes for t in self.report.timelines.values())
-        aim = room - (held - guessed)  # as far off as this guess was, the next may be
+        aim = room - (held - self._guessed)  # as far off as this guess was, the next may be
         return aim if self.aim is None else min(aim, self.aim - int(1.25 * (held - room)))
 
     def _held_at_peak(self, held: int) -> int:
@@ -495,7 +509,19 @@ class Compilation:
         emitted = [self.report.emitted_peak(part) for part in self.report.programs]
         if emitted:
             return max(emitted) + self._on_device(held)
-        return max((t.peak_bytes for t in self.report.timelines.values()), default=0) if self.is_step else 0
+        return self._guessed if self.is_step else 0
+
+    @property
+    def _guessed(self) -> int:
+        """What the programs just made hold at their peak, by their schedules."""
+        return max((t.peak_bytes for t in self.report.timelines.values()), default=0)
+
+    def _tell_of_a_miss(self, held: int) -> None:
+        if self.report.programs and abs(self._guessed - held) > _MISS * held:
+            log.warning(
+                "graph %d: the program that Inductor emitted holds %s, where %s were guessed",
+                self.report.number, size_text(held), size_text(self._guessed),
+            )  # fmt: skip
 
     def _on_device(self, held: int) -> int:
         """Of the bytes of a program's inputs, those on the device."""

@@ -47,6 +47,7 @@ def dry_run(
     num_ranks: int,
     artifacts: Path | None,
     loss_only: bool = False,
+    samples: list[Any] | None = None,
 ) -> Job:
     """Compile one training step as the first of ``num_ranks`` ranks.
 
@@ -56,7 +57,7 @@ def dry_run(
     ``make_model`` is called under ``torch.device("meta")``. ``make_batch`` returns the model's
     keyword arguments (a dict), positional arguments (a tuple or list) or its one argument. The loss
     is what the model returns as ``loss``, or a scalar that it returns; of other results the sum. With
-    ``loss_only`` the program compiled returns nothing else.
+    ``loss_only`` the program compiled returns nothing else. ``samples`` as in :class:`~autodist.job.Job`.
 
     Raises :class:`DryRunError`, and what ``prepare`` and the compiler raise.
     """
@@ -75,7 +76,7 @@ def dry_run(
         arguments = _arguments(_call("the function that makes a batch", make_batch), fakes)
         job = _job(model, plan, num_ranks, arguments)
         for part in (job, job.stage) if job.pipeline is not None else (job,):
-            part.dry_run, part.artifacts = True, artifacts
+            part.dry_run, part.artifacts, part.samples = True, artifacts, samples
         whole: Callable[..., Any] = (lambda *a, **k: _loss(model(*a, **k))) if loss_only else model
 
         def backend(graph: GraphModule, given: Sequence[Any]) -> Callable[..., Any]:

@@ -111,13 +111,14 @@ def choose_graph(found: Sequence[Artifacts], name: str | None) -> Artifacts:
 
 def show_lengths(console: Console, found: Sequence[Length]) -> None:
     """Print what a plan does at each length, and the longest that fits."""
-    table = _table(">length", ">peak", ">a step", "what the plan does")
+    table = _table(">length", ">peak", ">a step", "what the plan does", "by the formula")
     for one in sorted(found, key=lambda f: f.length):
         does = ", ".join(f"{n} {how}" for how, n in one.made) or "saves all that min-cut saves"
         if one.fits:
-            table.add_row(str(one.length), size_text(one.peak), _time(one.seconds), does)
+            table.add_row(str(one.length), size_text(one.peak), _time(one.seconds), does, one.because)
         else:
-            table.add_row(str(one.length), "", "", f"does not fit: {size_text(one.needed)} would do")
+            would = f"does not fit: {size_text(one.needed)} would do"
+            table.add_row(str(one.length), "", "", would, one.because)
     _print_table(console, table)
     best = max((f.length for f in found if f.fits), default=None)
     _heading(console, "no length that was tried fits" if best is None else f"longest that fits: {best}")

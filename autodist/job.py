@@ -51,7 +51,8 @@ class Job:
     process groups of the places that share parameters (:meth:`share`).
 
     ``artifacts`` is the folder for what a person may want to read. In a ``dry_run`` all decisions
-    are made as ever, but nothing is compiled to kernels: the graphs run on fake tensors.
+    are made as ever, but nothing is compiled to kernels: the graphs run on fake tensors. Where there are
+    ``samples`` memory is not planned: they collect what plans are made of, with each number of tiles.
     """
 
     plan: Plan
@@ -70,6 +71,7 @@ class Job:
     led: dict[str, str] = field(default_factory=dict)
     artifacts: Path | None = field(default_factory=artifact_folder)
     dry_run: bool = False
+    samples: list[Any] | None = None
 
     @property
     def keep_text(self) -> bool:

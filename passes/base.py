@@ -62,13 +62,27 @@ class StepError(RuntimeError):
     optimizer: Any = None
 
 
+class Means(Enum):
+    """By what a program takes less memory than torch's min-cut would leave it."""
+
+    RECOMPUTE = "recomputed"
+    OFFLOAD = "offloaded"
+    TILE = "in tiles"
+    WITHHOLD = "withheld"
+
+
 @dataclass(frozen=True)
 class Decision:
-    """One thing a pass decided: of what (a parameter or node name), what, and why."""
+    """One thing a pass decided: of what (a parameter or node name), what, and why.
+
+    ``means`` is by what memory is saved, where that is what it was about; of ``tiles`` no more are of use.
+    """
 
     subject: str
     action: str
     reason: str
+    means: Means | None = None
+    tiles: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,8 @@ class Context:
     graph while it runs (optimizer state, gradients). ``fused`` says that Inductor will fuse the graph
     before it runs. ``agree(subject, make)`` is what ``make()`` gives on the first rank, on every rank, and
     ``largest(subject, value)`` the largest of the ranks' values; a subject is settled once, so it names
-    everything the decision is about, and nothing that depends on the batch.
+    everything the decision is about, and nothing that depends on the batch. ``samples``, where it is not
+    None, collects what memory plans are made of (:class:`~autodist.passes.analysis.lengths.Sample`).
     """
 
     phase: Phase
@@ -118,10 +133,13 @@ class Context:
     fused: bool = True
     agree: Callable[[str, Callable[[], str]], str] = lambda subject, make: make()
     largest: Callable[[str, int], int] = lambda subject, value: value
+    samples: list[Any] | None = None
     decisions: list[Decision] = field(default_factory=list)
 
-    def decide(self, subject: str, action: str, reason: str) -> None:
-        self.decisions.append(Decision(subject, action, reason))
+    def decide(
+        self, subject: str, action: str, reason: str, means: Means | None = None, tiles: int = 0
+    ) -> None:
+        self.decisions.append(Decision(subject, action, reason, means, tiles))
 
 
 def size_text(num_bytes: float) -> str:

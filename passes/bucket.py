@@ -79,7 +79,7 @@ class Bucket(Pass):
         used: dict[Any, int] = {}
         for node in nodes:
             key = (node.target, *node.args[-2:], node.args[-3])
-            run, size = open_.setdefault(key, []), num_bytes(node)
+            run, size = open_.setdefault(key, []), _payload(node)
             limit = self.limit or bucket_bytes(context.group_sizes[node.args[-1]], context.hardware)
             full = held.get(key, 0) + size > limit and not self._unbounded(node)
             # A result that is read before the next one is ready cannot wait for it.
@@ -100,9 +100,14 @@ class Bucket(Pass):
 
     def _explain(self, bucket: Sequence[Node], verb: str, context: Context) -> None:
         names = [parameter_of(source(n.args[0]), context.parameters) for n in bucket]
-        size = sum(map(num_bytes, bucket)) / 2**20
+        size = sum(map(_payload, bucket)) / 2**20
         for name in names:
             context.decide(name, f"{verb} with {len(names) - 1} others", f"one bucket of {size:.1f} MiB")
+
+
+def _payload(node: Node) -> int:
+    """Bytes that a gather gives each rank, or that a reduction takes from each: those of the whole."""
+    return num_bytes(node.args[0] if node.target in _BUCKET_OF else node)  # type: ignore[arg-type]
 
 
 def _of_an_input(gather: Node) -> bool:

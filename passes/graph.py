@@ -172,8 +172,10 @@ def last_use(node: Node, order: dict[Node, int]) -> int:
 
 def num_bytes(node: Node) -> int:
     """Bytes of a node's tensors; symbolic sizes count at their hints."""
-    tensors = (t for t in tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor))
-    return sum(tensor_bytes(t) for t in tensors)
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor):
+        return tensor_bytes(val)
+    return sum(tensor_bytes(t) for t in tree_leaves(val) if isinstance(t, torch.Tensor))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:

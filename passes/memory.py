@@ -4,14 +4,11 @@ The candidates and their costs are those of :mod:`autodist.passes.analysis.savab
 made by :mod:`autodist.passes.analysis.budget`, and the parts are extracted with exactly the chosen values
 between them.
 
-The budget is on the *peak* of a part, which is more than what is saved. So the bytes that may be saved are
-searched for: each try is a choice, replayed on the joint graph (:mod:`autodist.passes.analysis.replay`).
-Between a try that fits and one that does not, the next is where a straight line through their peaks meets the
-budget.
-The choice found is extracted and scheduled, and its peak read off the schedule; where the replay was off by
-some bytes, the search is made again with that correction.
-The search is made over several ways to cut the forward (:mod:`autodist.passes.analysis.narrow`), because
-bytes saved do not tell how much is alive while a long chain is computed again.
+The budget is on the *peak* of a part: choices are searched for the cheapest that meets it
+(:mod:`autodist.passes.analysis.search`), each replayed on the joint graph
+(:mod:`autodist.passes.analysis.replay`). Parts of the choice found are drafted
+(:mod:`autodist.passes.drafts`) and scheduled, and their peak read off the schedule; where the replay was off
+by some bytes, the search is made again with that correction. The choice taken is extracted.
 
 When what torch's min-cut saves fits, that is taken: nothing is offloaded, nor recomputed beyond it, and room
 that is left goes to weights kept from forward to backward, those first that save the most gather time a byte.
@@ -43,20 +40,22 @@ import contextlib
 import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
 
-from autodist.passes.analysis.budget import BudgetError, Choice, How, Value, evaluate, solve
-from autodist.passes.analysis.cost import node_seconds
+from autodist.passes.analysis.budget import Choice, How, Value, evaluate
+from autodist.passes.analysis.cost import node_seconds, node_work
 from autodist.passes.analysis.fusion import is_view as shares_memory
 from autodist.passes.analysis.hardware import Hardware
-from autodist.passes.analysis.narrow import crossing
+from autodist.passes.analysis.lengths import Sample
 from autodist.passes.analysis.replay import Replay
 from autodist.passes.analysis.savable import READS, Rules, Savable, backward_nodes, is_number, savable
-from autodist.passes.base import Context, PassError, size_text
+from autodist.passes.analysis.search import Search, Try
+from autodist.passes.base import Context, Means, PassError, size_text
+from autodist.passes.drafts import Parts, drafted, names
 from autodist.passes.graph import (
     insert,
     is_copy,
@@ -71,15 +70,8 @@ from autodist.runtime import compat, dialect, offload
 
 _ATTEMPTS = 3
 _CORRECTIONS = 6
-_BEST = 3  # ways to cut the forward, of those that fit, that are looked at more closely
 _NEAR = 0.02  # of the room: as close as it is worth to come
-_TRIES = 8
-_SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
-_SHARES = (0.15, 0.35, 0.6, 0.85)  # of the way between two choices
 _DOUBT = 0.3  # of a guessed peak
-_CLOSE = 0.01  # of the budget: near enough to stop searching
-
-Parts = tuple[GraphModule, GraphModule]
 
 
 class MemoryBoundError(PassError):
@@ -156,18 +148,11 @@ class Fitted:
 def fit(program: Program, budget: Budget, context: Context, measure: Callable[[Parts], Peak]) -> Fitted:
     """The two parts of ``program``, within ``budget`` by the fewest added seconds.
 
-    ``measure`` schedules two parts, which it may change, and says what they hold at the peak. Raises
-    :class:`MemoryBoundError`, which says the least that would do and what dominates there.
+    ``measure`` schedules two parts, which it may change, and says what they hold at the peak. Where the
+    context collects samples one is added to them, and nothing is fitted. Raises :class:`MemoryBoundError`,
+    which says the least that would do and what dominates there.
     """
     return _Fit(program, budget, context, measure).run()
-
-
-@dataclass(frozen=True)
-class _Try:
-    """``peak`` is the replay's, with its correction."""
-
-    choice: Choice
-    peak: int
 
 
 class _Fit:
@@ -185,18 +170,24 @@ class _Fit:
             n for n in forward
             if n.name in program.saved and not is_number(n) and not isinstance(n.meta["val"], plain)
         ]  # fmt: skip
+        self.forward = [node_work(n, context.hardware) for n in forward]
+        self.seconds = sum(work.seconds(context.hardware) for work in self.forward)
+        self.backward = [node_work(n, context.hardware) for n in program.joint.graph.nodes if n in backward]
         copies = context.hardware.host_bandwidth
         self.values = (*self.found.values, *(_value_of(k, budget.host > 0, copies) for k in program.state))
-        self.seconds = sum(node_seconds(n, context.hardware) for n in forward)
         self.room = budget.device
+        self.peaks: dict[tuple[How, ...], Peak] = {}
+        self.drafts: dict[tuple[How, ...], tuple[tuple[str, ...], ...]] = {}
+        self.drafting = all(n.op == "placeholder" for n in (*self.sizes, *self.opaque))
         nodes, fused = self.found.nodes, context.fused
         self.replay = Replay(program.joint, program.num_outputs, nodes, backward, fused)
         self.correction = 0
-        self.ways = list(self._ways())
-        self.solved: dict[tuple[int, int, int], _Try | BudgetError] = {}
 
     def run(self) -> Fitted:
         as_is = self._try_as_is()
+        if self.context.samples is not None:
+            self.context.samples.append(self._sample(as_is))
+            return Fitted(self._parts(as_is.choice), 0.0, as_is.peak, frozenset())
         subject, most = self.program.subject, self.context.largest
         # Seen from the first rank, which chooses, the room is that of the rank with the least.
         self.room -= most(f"what {subject} lacks", as_is.peak - self.budget.device) - (
@@ -205,6 +196,7 @@ class _Fit:
         for attempt in range(_ATTEMPTS):
             label = f"memory plan {attempt} of {subject}"
             choice = self._read(self.context.agree(label, lambda: self._written_choice(as_is)))
+            parts = self._made(choice)
             peak = self._measured(choice).num_bytes
             over = peak - self.budget.device
             worst = most(f"what {label} lacks", over)
@@ -213,7 +205,7 @@ class _Fit:
                 added = max(choice.seconds - as_is.choice.seconds, 0.0)
                 state = enumerate(self._of_state(choice.how))
                 moved = frozenset(i for i, h in state if h is How.OFFLOAD)
-                return Fitted(self._parts(choice), added, peak, moved)
+                return Fitted(parts, added, peak, moved)
             alone = over > worst  # settled before, with smaller batches
             if alone:
                 break
@@ -226,13 +218,13 @@ class _Fit:
             alone,
         )
 
-    def _choose(self, as_is: _Try) -> Choice:
+    def _choose(self, as_is: Try) -> Choice:
         doubt = _DOUBT if self.budget.as_is else 0.0
         if as_is.peak * (1 - doubt) <= self.room:
             return self._with_weights(as_is)
         return self._search(as_is).choice
 
-    def _written_choice(self, as_is: _Try) -> str:
+    def _written_choice(self, as_is: Try) -> str:
         """The choice, or why there is none, for all ranks."""
         try:
             choice = self._choose(as_is)
@@ -248,7 +240,7 @@ class _Fit:
 
     # --- what fits anyway -----------------------------------------------------------------------------
 
-    def _try_as_is(self) -> _Try:
+    def _try_as_is(self) -> Try:
         """What torch's min-cut chose; weights are gathered again, and what happens once is saved."""
         reads = {n for n in self.found.nodes if n.target in READS and not self.budget.keep_weights}
         of_weights = {n for n in self.found.nodes if source(n, _is_of_weight) in reads}
@@ -262,10 +254,10 @@ class _Fit:
         how += [How.SAVE] * len(self.program.state)
         choice = evaluate(self.values, how)
         measured = self._measured(choice).num_bytes
-        self.correction = measured - self._replayed(choice)
-        return _Try(choice, measured)
+        self.correction = measured - self._replayed(choice.how)
+        return Try(choice, measured)
 
-    def _with_weights(self, as_is: _Try) -> Choice:
+    def _with_weights(self, as_is: Try) -> Choice:
         """What min-cut chose, with weights saved that there is room for."""
         left, how = self.room - as_is.peak, list(as_is.choice.how)
         for i in sorted(self._gathers(as_is.choice), key=self._seconds_per_byte, reverse=True):
@@ -284,54 +276,37 @@ class _Fit:
         value = self.found.values[i]  # to recompute a weight is to gather it
         return value.recompute / max(value.num_bytes, 1)
 
+    def _sample(self, as_is: Try) -> Sample:
+        works, room, host = (*self.forward, *self.backward), self.room, self.budget.host
+        how, count = as_is.choice.how, len(self.forward)
+        return Sample(self.found, self.replay, how, self.correction, works, count, room, host)
+
     # --- what does not ------------------------------------------------------------------------------------
 
-    def _search(self, loose: _Try) -> _Try:
+    def _search(self, loose: Try) -> Try:
         """The choice of the fewest added seconds whose measured peak fits."""
         measured: dict[Choice, Peak] = {}
+        hosts = self._host_budgets()
+        search = Search(self.values, self.found.results, self._replayed, hosts)
+        search.correction = self.correction
         for _ in range(_CORRECTIONS):
-            tried, fits = self._guess(loose)
+            tried, fits = search.within(self.room, loose)
             if tried.choice in measured:
                 break
             peak = measured[tried.choice] = self._measured(tried.choice)
             spare = self.room - peak.num_bytes
             if (fits and 0 <= spare <= _NEAR * self.room) or (not fits and spare < 0):
                 break
-            self.correction += peak.num_bytes - tried.peak
+            search.correction += peak.num_bytes - tried.peak
         fitting = [c for c, p in measured.items() if p.num_bytes <= self.room]
         if fitting:
             choice = min(fitting, key=operator.attrgetter("seconds"))
-            return _Try(choice, measured[choice].num_bytes)
+            return Try(choice, measured[choice].num_bytes)
         least = min(measured, key=lambda c: measured[c].num_bytes)
         doubt = _DOUBT if self.budget.least else 0.0
         if measured[least].num_bytes * (1 - doubt) > self.room and not self.budget.anyway:
             raise self._refusal(measured[least])
-        return _Try(least, measured[least].num_bytes)
-
-    def _guess(self, loose: _Try) -> tuple[_Try, bool]:
-        """The choice of the fewest added seconds that fits by the replay, over ways to cut the forward.
-
-        Where none does, the one that needs least, and False.
-        """
-        found: list[_Try] = []
-        tries: list[_Try] = []
-        for host in self._host_budgets():
-            ways = []
-            for way in range(len(self.ways)):
-                tight = self._least(way, host)
-                ways.append((way, tight))
-                if len(ways) > 2 and all(t.peak < tight.peak for _, t in ways[-3:-1]):
-                    break  # ever more cuts cost ever more
-            tries += [tight for _, tight in ways]
-            fitting = sorted((w for w in ways if w[1].peak <= self.room), key=lambda w: w[1].choice.seconds)
-            found = [self._within(way, host, tight, loose) for way, tight in fitting[:_BEST]]
-            for way, tight in () if found else ways:
-                tried = self._between(way, host, tight, loose)
-                tries += tried
-                found += [t for t in tried if t.peak <= self.room]
-            if found:
-                return min(found, key=lambda t: t.choice.seconds), True
-        return min(tries, key=lambda t: t.peak), False
+        return Try(least, measured[least].num_bytes)
 
     def _host_budgets(self) -> list[int]:
         """Bytes to offload at the most: first what hides behind the forward, then all that is allowed."""
@@ -339,91 +314,29 @@ class _Fit:
         hidden = int(self.seconds * hardware.host_bandwidth) if hardware.copies_overlap else limit
         return [hidden, limit] if hidden < limit else [limit]
 
-    def _ways(self) -> Iterator[Sequence[Value]]:
-        """The candidates as they are, and with what crosses ever more cuts of the forward not recomputed."""
-        values, own = self.values, self.found.results
-        place = {i: k for k, i in enumerate(own)}
-        forward = [replace(values[i], inputs=tuple(place[u] for u in values[i].inputs)) for i in own]
-        before: set[int] = set()
-        yield values
-        for segments in _SEGMENTS:
-            kept = {own[i] for i in crossing(forward, segments) if math.isfinite(forward[i].save)}
-            if kept and kept != before:
-                before = kept
-                yield [replace(v, recompute=math.inf) if i in kept else v for i, v in enumerate(values)]
-
-    def _between(self, way: int, host: int, tight: _Try, loose: _Try) -> list[_Try]:
-        """Some choices that save more than the least: to compute much again at a time takes memory, too."""
-        low, high = tight.choice.device_bytes, loose.choice.device_bytes
-        tried = (self._maybe(way, int(low + share * (high - low)), host) for share in _SHARES if high > low)
-        return [t for t in tried if t is not None]
-
-    def _within(self, way: int, host: int, tight: _Try, loose: _Try) -> _Try:
-        """Between saving the least and saving all that min-cut does, the most that fits."""
-        low, high = tight.choice.device_bytes, max(loose.choice.device_bytes, tight.choice.device_bytes)
-        over = loose
-        for _ in range(_TRIES):
-            spare = self.room - tight.peak
-            if spare <= _CLOSE * self.room or high - low <= _CLOSE * max(high, 1):
-                break
-            slope = (over.peak - tight.peak) / max(high - low, 1)
-            step = spare / slope if slope > 0 else (high - low) / 2
-            # A straight line is a guess: keep away from both ends, so that the interval shrinks.
-            aim = int(min(max(low + step, low + 0.1 * (high - low)), high - 0.1 * (high - low)))
-            tried = self._maybe(way, aim, host)
-            if tried is None:
-                low = aim
-            elif tried.peak <= self.room:
-                better = tried.choice.seconds <= tight.choice.seconds
-                low, tight = aim, tried if better else tight
-            else:
-                high, over = aim, tried
-        return tight
-
-    def _least(self, way: int, host: int) -> _Try:
-        """The choice that saves the fewest bytes."""
-        try:
-            return self._try(way, 0, host)
-        except BudgetError as error:
-            return self._try(way, error.least, host)
-
-    def _maybe(self, way: int, num_bytes: int, host: int) -> _Try | None:
-        """None where no choice is found: with a host budget the least is only nearly the least."""
-        try:
-            return self._try(way, num_bytes, host)
-        except BudgetError:
-            return None
-
-    def _try(self, way: int, num_bytes: int, host: int) -> _Try:
-        key = way, num_bytes, host
-        if key not in self.solved:
-            try:
-                choice = solve(self.ways[way], num_bytes, host)
-            except BudgetError as error:
-                self.solved[key] = error
-            else:
-                self.solved[key] = _Try(choice, self._replayed(choice))
-        found = self.solved[key]
-        if isinstance(found, BudgetError):
-            raise found
-        return replace(found, peak=found.peak + self.correction)
-
-    def _replayed(self, choice: Choice) -> int:
-        of_parts = choice.how[: len(self.found.nodes)]
-        return self.replay.peak(of_parts) + sum(k.num_bytes for k in self._beside(choice))
+    def _replayed(self, how: Sequence[How]) -> int:
+        parts = self.replay.peak(self._of_parts(how))
+        return parts + sum(k.num_bytes for k in self._beside(how))
 
     def _measured(self, choice: Choice) -> Peak:
-        found = self.measure(self._parts(choice))
-        beside = [(k.name, k.num_bytes) for k in self._beside(choice)]
+        of_parts = self._of_parts(choice.how)
+        if of_parts not in self.peaks:
+            draft = self._draft(choice) if self.drafting else self._parts(choice)
+            self.drafts[of_parts] = names(draft)
+            self.peaks[of_parts] = self.measure(draft)
+        found, beside = self.peaks[of_parts], [(k.name, k.num_bytes) for k in self._beside(choice.how)]
         top = sorted([*found.top, *beside], key=operator.itemgetter(1), reverse=True)
         return Peak(found.num_bytes + sum(size for _, size in beside), tuple(top))
+
+    def _of_parts(self, how: Sequence[How]) -> tuple[How, ...]:
+        return tuple(how[: len(self.found.nodes)])
 
     def _of_state(self, how: Sequence[How]) -> Sequence[How]:
         return how[len(self.found.nodes) :]
 
-    def _beside(self, choice: Choice) -> list[Beside]:
+    def _beside(self, how: Sequence[How]) -> list[Beside]:
         """State that stays on the device."""
-        state = zip(self.program.state, self._of_state(choice.how), strict=True)
+        state = zip(self.program.state, self._of_state(how), strict=True)
         return [k for k, h in state if h is How.SAVE]
 
     def _refusal(self, least: Peak) -> MemoryBoundError:
@@ -444,7 +357,7 @@ class _Fit:
             return ""
         return " Of a captured step (autodist.train_step) the optimizer's state can be kept on the host."
 
-    def _tell(self, choice: Choice, as_is: _Try) -> None:
+    def _tell(self, choice: Choice, as_is: Try) -> None:
         bound, values, nodes = size_text(self.context.memory or 0), self.values, len(self.found.nodes)
         for i in self._gathers(as_is.choice):
             name = parameter_of(source(self.found.nodes[i].args[0]), self.context.parameters)  # type: ignore[arg-type]
@@ -467,24 +380,46 @@ class _Fit:
         for i in moved:
             costs = f"{size_text(values[i].num_bytes)}; {values[i].offload * 1e3:.3f} ms of copies"
             action = "offloaded" if i < nodes else "on the host"
-            self.context.decide(values[i].name, action, f"{costs}, to stay in {bound}")
+            self.context.decide(values[i].name, action, f"{costs}, to stay in {bound}", Means.OFFLOAD)
         for i in again:
             costs = f"{size_text(values[i].num_bytes)}; {values[i].recompute * 1e3:.3f} ms again"
-            self.context.decide(values[i].name, "recomputed", f"{costs}, to stay in {bound}")
+            reason = f"{costs}, to stay in {bound}"
+            self.context.decide(values[i].name, "recomputed", reason, Means.RECOMPUTE)
 
     # --- parts ------------------------------------------------------------------------------------------
 
     def _parts(self, choice: Choice) -> Parts:
-        kept = dict(zip(self.found.nodes, choice.how, strict=False))  # what follows is state
+        kept = dict(zip(self.found.nodes, self._of_parts(choice.how), strict=True))
         saved = [n for n, h in kept.items() if h in (How.SAVE, How.OFFLOAD) and n.op == "call_function"]
         program = self.program
         parts = compat.extract_parts(
             program.joint, saved, self.sizes, self.opaque, program.num_outputs, program.lasting
         )
-        moved = {n.name for n, h in kept.items() if h is How.OFFLOAD}
-        if moved:
-            _offload(parts, moved, program.num_outputs, self.budget.host, self.context.hardware)
+        self._offload(parts, choice)
         return parts
+
+    def _draft(self, choice: Choice) -> Parts:
+        """What :meth:`_parts` will be, for its peak."""
+        kept = self.replay.kept(self._of_parts(choice.how))
+        parts = drafted(self.program.joint, self.program.num_outputs, self.replay, kept)
+        self._offload(parts, choice)
+        return parts
+
+    def _made(self, choice: Choice) -> Parts:
+        """The parts of a choice. Where they are not what its peak was read from, it is read again from them,
+        and those of later choices, too."""
+        parts = self._parts(choice)
+        self._measured(choice)
+        if names(parts) != self.drafts[self._of_parts(choice.how)]:
+            self.drafting = False
+            self.peaks.clear()
+        return parts
+
+    def _offload(self, parts: Parts, choice: Choice) -> None:
+        chosen = zip(self.found.nodes, choice.how, strict=False)  # what follows is state
+        moved = {n.name for n, h in chosen if h is How.OFFLOAD}
+        if moved:
+            _offload(parts, moved, self.program.num_outputs, self.budget.host, self.context.hardware)
 
 
 def _value_of(kept: Beside, can_move: bool, bandwidth: float) -> Value:

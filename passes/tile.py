@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from autodist.passes.analysis.chunks import Places, Region, Regions
-from autodist.passes.base import Context, Pass, Phase, size_text
+from autodist.passes.base import Context, Means, Pass, Phase, size_text
 from autodist.passes.capture import Core, core_of, rebuilt, returned_to_user
 from autodist.passes.graph import num_bytes, output_of, replace, tensor_bytes
 from autodist.runtime import compat
@@ -51,7 +51,8 @@ class Tile(Pass):
     """Make a region in ``pieces``, or as many as make what is inside as small as what comes in or goes out.
 
     It is left whole where that makes little of it smaller, or where it holds less than a piece of the
-    largest. ``withhold`` withholds results.
+    largest. Where no region wants more than ``pieces``, more of them make the same program. ``withhold``
+    withholds results.
     """
 
     pieces: int
@@ -63,30 +64,29 @@ class Tile(Pass):
         core = core_of(graph)
         _without_idle_dropout(core.graph)
         named = set(core.parameters(context.parameters))
-        regions, found = self._regions(core, named)
+        regions, found = _regions(core, self.pieces, named)
         large = _returned(core, found, returned_to_user(graph, core.outputs))
         graph.meta[WITHHOLDABLE] = frozenset(large)
         withheld = large if self.withhold else {}
         shown = {i: _Shown(n.meta["val"], n.name) for i, n in withheld.items()}
         if withheld:
             _drop(core.graph, withheld)
-            regions, found = self._regions(core, named)
-        largest = max((r.inside for r in found), default=0)
-        counts = {
-            r.nodes[0]: min(self.pieces, 2 ** round(math.log2(r.inside / r.border)))
-            for r in found
-            if r.inside >= _WORTH * r.border > 0 and r.inside * self.pieces > largest
-        }
-        if not counts:
+            regions, found = _regions(core, self.pieces, named)
+        worth = [r for r in found if r.inside >= _WORTH * r.border > 0]
+        if not worth:
             return graph
+        largest = max(worth, key=lambda r: r.inside)
+        least = largest.inside / self._count(largest)
+        counts = {r.nodes[0]: self._count(r) for r in worth if r.inside > least}
         draws = [n for n in regions.order if compat.is_random(n.target)]
         if draws != [n for n in core.graph.graph.nodes if compat.is_random(n.target)]:
             context.decide("program", "not tiled", "random numbers would be drawn in another order")
             return graph
         tiled = _Tiled(core.graph, regions.order, shown)
-        for size in set(counts.values()):
-            regions = Regions(core.graph, size, named)
-            for region in regions.found(*core.fakes):
+        for size in sorted(set(counts.values()), reverse=True):
+            if size != self.pieces:
+                regions, found = _regions(core, size, named)
+            for region in found:
                 if counts.get(region.nodes[0]) == size:
                     tiled.add(region, regions)
         made = rebuilt(graph, core, core.trace(tiled.run))
@@ -99,15 +99,27 @@ class Tile(Pass):
                 f"in {counts[node]} tiles",
                 f"{len(region.nodes)} token-local operators: what is inside takes up to "
                 f"{size_text(region.inside)}, what comes in or goes out {size_text(region.border)}",
+                Means.TILE,
+                _wanted(region),
             )
         for output, result in shown.items():
-            reason = f"{size_text(tensor_bytes(result.value))} that are returned and not needed for the loss"
-            context.decide(result.name, "withheld", f"output {output}: {reason}, and do not fit")
+            held = size_text(tensor_bytes(result.value))
+            reason = f"output {output}: {held} that are returned and not needed for the loss, and do not fit"
+            context.decide(result.name, "withheld", reason, Means.WITHHOLD)
         return made
 
-    def _regions(self, core: Core, named: set[str]) -> tuple[Regions, list[Region]]:
-        regions = Regions(core.graph, self.pieces, named)
-        return regions, regions.found(*core.fakes)
+    def _count(self, region: Region) -> int:
+        return min(self.pieces, _wanted(region))
+
+
+def _wanted(region: Region) -> int:
+    """Tiles that make what is inside as small as what comes in or goes out."""
+    return 2 ** round(math.log2(region.inside / region.border))
+
+
+def _regions(core: Core, pieces: int, named: set[str]) -> tuple[Regions, list[Region]]:
+    regions = Regions(core.graph, pieces, named)
+    return regions, regions.found(*core.fakes)
 
 
 @dataclass(frozen=True)

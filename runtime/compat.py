@@ -526,6 +526,15 @@ def extract_parts(
     return forward, backward
 
 
+def lazy_module(root: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A module of ``graph``, with what it takes from ``root``; compiled to Python only when it is called."""
+    from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+    with _use_lazy_graph_module(True):
+        module: torch.fx.GraphModule = _make_graph_module(root, graph)
+        return module
+
+
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor's elements fill its memory, each once."""
     return torch._prims_common.is_non_overlapping_and_dense_or_false(tensor)

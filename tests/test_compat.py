@@ -549,6 +549,17 @@ def test_what_checkpoints_ask_for_is_known() -> None:
     assert compat.checkpoint_saves(node) and not compat.checkpoint_recomputes(node)
 
 
+def test_a_lazy_module_is_compiled_when_it_is_called() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.add, (x, x)))
+    module = compat.lazy_module(torch.fx.GraphModule({}, torch.fx.Graph()), graph)
+    assert module._needs_recompile()  # type: ignore[operator]
+    assert module(torch.ones(1)) == 2
+    module.recompile()
+    assert module._needs_recompile()  # type: ignore[operator]
+
+
 def test_dense_and_symbolic_tensors_are_told_apart() -> None:
     x = torch.ones(4, 6)
     assert compat.is_dense(x.t()) and not compat.is_dense(x[:, ::2])

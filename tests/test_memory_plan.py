@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autodist.backend
+import autodist.logs
 from autodist.job import Job, start_job
 from autodist.prepare import prepared_job
 from autodist.runtime import offload
@@ -176,6 +177,35 @@ def test_inductors_program_keeps_to_the_plan(monkeypatch: pytest.MonkeyPatch) ->
     job = jobs[-1]
     read = max(job.reports[-1].emitted_peak(part) for part in ("forward", "backward"))
     assert abs(read - peak) < 0.05 * peak
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", MODELS)
+def test_inductors_program_is_read_and_guessed(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reading is within a twentieth of what is measured, the guess within a tenth or told of."""
+    jobs: list[Job] = []
+
+    def started(*args: Any, **options: Any) -> Job:
+        jobs.append(start_job(*args, **options))
+        return jobs[-1]
+
+    monkeypatch.setattr(autodist.backend, "start_job", started)
+    monkeypatch.setattr(autodist.logs.log, "propagate", True)
+    run = Run(CASES[name].build(), MODELS[name]())
+    unplanned = run.peak()
+    for part in (4.0, 0.85):
+        memory = run.memory(part * unplanned)
+        caplog.clear()
+        peak = run.peak(memory=memory)
+        assert peak + run.held + run.reserved <= memory + OWN
+        report = jobs[-1].reports[-1]
+        read = max(report.emitted_peak(part) for part in ("forward", "backward"))
+        assert abs(read - peak) < 0.05 * peak
+        guessed = max(t.peak_bytes for t in report.timelines.values())
+        miss = abs(guessed - peak - run.held) / (peak + run.held)
+        assert miss < 0.1 or "were guessed" in caplog.text, miss
 
 
 def test_logits_are_returned_where_they_fit_and_withheld_where_not() -> None:

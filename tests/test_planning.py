@@ -13,6 +13,8 @@ from torch import nn
 
 import autodist.compiler
 from autodist.dry_run import dry_run
+from autodist.passes.analysis.cost import bucket_bytes, collective_bytes
+from autodist.passes.analysis.hardware import hardware
 from autodist.plan import Plan
 
 _OURS = {"autodist", "passes", "runtime"}
@@ -66,3 +68,12 @@ def test_twice_the_layers_twice_the_work(width: int) -> None:
     total = (large.total() - middle.total()) / (2 * (middle.total() - small.total()))
     worst = {name: round(ratio, 2) for name, ratio in excess.items() if ratio > 1.2}
     assert total < 1.05 and not worst, (total, worst)
+
+
+def test_no_more_gradients_wait_for_each_other_than_a_bucket_holds() -> None:
+    """Counted whole, as they are sent: each rank keeps only its part, and that is small on many ranks."""
+    job = dry_run(lambda: Blocks(6, 4096), lambda: torch.zeros(1, 4096), Plan(hardware="h100-80g"), 64, None)
+    nodes = list(job.reports[0].parts["backward"].graph.nodes)
+    sent = [collective_bytes(n) for n in nodes if "reduce_scatter" in str(n.target)]
+    assert sum(sent) > 6 * 4096 * 4096 * 4
+    assert max(sent) <= bucket_bytes(64, hardware("h100-80g"))

@@ -1,4 +1,4 @@
-"""What a choice is said to hold, without extracting its parts, is what its parts hold."""
+"""What a choice is said to hold, without extracting its parts, is what they hold; drafts are the parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 import autodist.compiler
 from autodist.passes import memory
 from autodist.passes.analysis.liveness import liveness
+from autodist.passes.analysis.search import Search
 from autodist.passes.base import Context
+from autodist.passes.drafts import names
 from tests.models import CASES
 from tests.sequence import fresh
 from tests.test_memory_plan import MODELS
@@ -27,10 +29,11 @@ def test_peaks_of_choices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
         fit = memory._Fit(program, budget, context, plain)
         most = sum(v.num_bytes for v in fit.found.values if v.needed)
-        for way, share in itertools.product(range(3), (0.0, 0.3, 0.7)):
-            least = fit._least(way, 0).choice
-            size = int(least.device_bytes + share * (most - least.device_bytes))
-            choice = fit._try(way, size, 0).choice
+        search = Search(fit.found.values, fit.found.results, fit.replay.peak, [0])
+        for way, share in itertools.product(search.ways[:3], (0.0, 0.3, 0.7)):
+            least = way.least()
+            choice = way.solve(int(least.device_bytes + share * (most - least.device_bytes)))
+            assert names(fit._draft(choice)) == names(fit._parts(choice))
             found.append((fit.replay.peak(choice.how), fit._measured(choice).num_bytes))
         return memory.fit(program, budget, context, measure)
 

@@ -40,6 +40,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
@@ -63,6 +64,8 @@ class How(Enum):
     SAVE = "save"
     OFFLOAD = "offload"
     RECOMPUTE = "recompute"
+
+    __hash__ = object.__hash__  # Enum's own runs in Python, and choices of thousands are looked up by these
 
 
 _HOW = (How.SAVE, How.OFFLOAD, How.RECOMPUTE, How.NOT_NEEDED)
@@ -93,6 +96,11 @@ class Choice:
     device_bytes: int
     host_bytes: int
     bound: float = 0.0
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """``how`` as numbers, by place in ``_HOW``."""
+        return np.array([_CODES[h] for h in self.how])
 
     @property
     def gap(self) -> float:
@@ -346,7 +354,7 @@ class _Network:
 
         A choice that does not fit the device is brought as near to it as the host has room.
         """
-        now, then = (np.array([_CODES[h] for h in c.how]) for c in (choice, other))
+        now, then = choice.codes.copy(), other.codes
         count, part = self._parts(now != then)
         if not count:
             return choice

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Container, Iterable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -194,11 +195,27 @@ _ATTENTION = {
 }
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a kernel does: ``flops`` at ``rate`` a second, bytes ``moved``, and seconds for whatever else."""
+
+    flops: int = 0
+    moved: float = 0.0
+    rate: float = math.inf
+    fixed: float = 0.0
+
+    def seconds(self, hardware: Hardware) -> float:
+        return max(self.flops / self.rate, self.moved / hardware.memory_bandwidth) + self.fixed
+
+
 def node_seconds(node: Node, hardware: Hardware) -> float:
     """Time of one node run on its own, unfused. Communication is not in it, only its launch."""
-    if not _computes(node):
-        return 0.0
-    return _kernel_seconds(node, node.all_input_nodes, hardware)
+    return node_work(node, hardware).seconds(hardware)
+
+
+def node_work(node: Node, hardware: Hardware) -> Work:
+    """What :func:`node_seconds` is the time of."""
+    return _kernel_work(node, node.all_input_nodes, hardware) if _computes(node) else Work()
 
 
 def graph_seconds(graph: Graph, hardware: Hardware, *, fused: bool) -> dict[Node, float]:
@@ -207,7 +224,7 @@ def graph_seconds(graph: Graph, hardware: Hardware, *, fused: bool) -> dict[Node
         return {n: node_seconds(n, hardware) for n in graph.nodes}
     fusion = fuse(graph)
     runs = (n for n in graph.nodes if n in fusion.stored and _computes(n))
-    seconds = {n: _kernel_seconds(n, fusion.sources[n], hardware) for n in runs}
+    seconds = {n: _kernel_work(n, fusion.sources[n], hardware).seconds(hardware) for n in runs}
     return {n: seconds.get(n, 0.0) for n in graph.nodes}
 
 
@@ -261,6 +278,10 @@ def flops(node: Node) -> int:
     return int(formula(*args, **kwargs, out_val=result))
 
 
+def is_attention(node: Node) -> bool:
+    return getattr(node.target, "overloadpacket", node.target) in _ATTENTION
+
+
 def _attention_flops(node: Node, direction: _Attention, first: int) -> int:
     query, key, value = (_size(example(a)) for a in node.args[first : first + 3])
     key_products, value_products = direction.value
@@ -274,12 +295,11 @@ def _computes(node: Node) -> bool:
     return bool(tensors(node)) and not is_view(node) and not is_wait(node)
 
 
-def _kernel_seconds(node: Node, sources: Iterable[Node], hardware: Hardware) -> float:
+def _kernel_work(node: Node, sources: Iterable[Node], hardware: Hardware) -> Work:
     if is_collective_start(node) or is_blocking_collective(node):
-        return hardware.launch
+        return Work(fixed=hardware.launch)
     rate = hardware.flops_of(_operand_type(node))
-    moved = _moved_bytes(node, sources)
-    return max(flops(node) / rate, moved / hardware.memory_bandwidth) + hardware.launch
+    return Work(flops(node), _moved_bytes(node, sources), rate, hardware.launch)
 
 
 def _operand_type(node: Node) -> torch.dtype:

@@ -22,8 +22,9 @@ position and nowhere else; a graph's inputs are left alone.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ _SCATTERS = {
     _aten.scatter_add,
     _aten.scatter_reduce,
 }
+_POINTWISE = _COPIES | _INDEXING
 _SAME_POSITIONS = {
     _aten.view,
     _aten._unsafe_view,
@@ -95,7 +97,10 @@ class Fusion:
 
 def fuse(graph: Graph) -> Fusion:
     """Guess which values of ``graph`` Inductor will store."""
-    views = {n for n in graph.nodes if is_view(n)}
+    keys = cache(storages)
+    views = {n for n in graph.nodes if is_view(n, keys)}
+    pointwise = {n for n in graph.nodes if is_pointwise(n)}
+    fusible = pointwise | {n for n in graph.nodes if _reduces(n)}
     stored: set[Node] = set()
     # What reading a node's value reads: of stored values at one's own position, and elsewhere.
     aligned: dict[Node, frozenset[Node]] = {}
@@ -105,37 +110,20 @@ def fuse(graph: Graph) -> Fusion:
     for node in graph.nodes:
         here = _union(aligned[n] for n in node.all_input_nodes)
         there = _union(shifted[n] for n in node.all_input_nodes)
-        if not _keeps_positions(node):
+        if not _keeps_positions(node, pointwise):
             here, there = frozenset(), here | there
         sources[node] = here | there
         if not tensors(node):
             aligned[node] = shifted[node] = frozenset()
             continue
-        if node in views or (is_pointwise(node) and _is_inlined(node, len(sources[node]), views)):
+        if node in views or (node in pointwise and _is_inlined(node, len(sources[node]), views, fusible)):
             aligned[node], shifted[node] = here, there
             continue
         stored.add(node)
         aligned[node], shifted[node] = frozenset({node}), frozenset()
-        if is_pointwise(node):
+        if node in pointwise:
             takes_over[node] = frozenset(n for n in here - there if n.op == "call_function")
     return Fusion(frozenset(stored), sources, takes_over)
-
-
-def is_view(node: Node) -> bool:
-    """Whether a node only shows memory that one of its inputs has."""
-    if node.op != "call_function" or compat.is_mutating(node.target):
-        return False
-    if node.target is operator.getitem or _packet(node) in _SAME_POSITIONS:
-        return True
-    inputs = {key for n in node.all_input_nodes for key in storages(n)}
-    return bool(inputs) and bool(storages(node)) and inputs.issuperset(storages(node))
-
-
-def is_pointwise(node: Node) -> bool:
-    """Whether each element of a node's value comes from one element of each input, or none."""
-    if node.op != "call_function" or compat.is_mutating(node.target):
-        return False
-    return torch.Tag.pointwise in _tags(node) or _packet(node) in _COPIES | _INDEXING
 
 
 def storages(node: Node) -> list[int]:
@@ -143,15 +131,40 @@ def storages(node: Node) -> list[int]:
     return [compat.storage_key(t) for t in tensors(node)]
 
 
-def tensors(node: Node) -> list[torch.Tensor]:
-    return [t for t in tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)]
-
-
-def _is_inlined(node: Node, num_reads: int, views: set[Node]) -> bool:
-    readers = dict.fromkeys(_readers(node, views))
-    if not all(is_fusible(n) for n in readers):
+def is_view(node: Node, keys: Callable[[Node], list[int]] = storages) -> bool:
+    """Whether a node only shows memory that one of its inputs has; ``keys`` are those of their storages."""
+    if node.op != "call_function" or compat.is_mutating(node.target):
         return False
-    return num_reads <= (_MAX_READS_SHARED if len(readers) > 1 else _MAX_READS)
+    if node.target is operator.getitem or _packet(node) in _SAME_POSITIONS:
+        return True
+    own = keys(node)
+    if not own:
+        return False
+    inputs = {key for n in node.all_input_nodes for key in keys(n)}
+    return inputs.issuperset(own)
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether each element of a node's value comes from one element of each input, or none."""
+    if node.op != "call_function" or compat.is_mutating(node.target):
+        return False
+    return torch.Tag.pointwise in _tags(node) or _packet(node) in _POINTWISE
+
+
+def tensors(node: Node) -> list[torch.Tensor]:
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor):  # nearly always, and many times for each node of a large graph
+        return [val]
+    return [t for t in tree_leaves(val) if isinstance(t, torch.Tensor)]
+
+
+def _is_inlined(node: Node, num_reads: int, views: set[Node], fusible: set[Node]) -> bool:
+    if num_reads > _MAX_READS:
+        return False
+    readers = dict.fromkeys(_readers(node, views))
+    if len(readers) > 1 and num_reads > _MAX_READS_SHARED:
+        return False
+    return fusible.issuperset(readers)
 
 
 def _readers(node: Node, views: set[Node]) -> Iterator[Node]:
@@ -163,14 +176,20 @@ def _readers(node: Node, views: set[Node]) -> Iterator[Node]:
 
 
 def is_fusible(node: Node) -> bool:
+    return is_pointwise(node) or _reduces(node)
+
+
+def _reduces(node: Node) -> bool:
     reduces = torch.Tag.reduction in _tags(node) or _packet(node) in _SCATTERS
-    return is_pointwise(node) or (node.op == "call_function" and reduces)
+    return node.op == "call_function" and reduces
 
 
-def _keeps_positions(node: Node) -> bool:
+def _keeps_positions(node: Node, pointwise: set[Node]) -> bool:
     """Whether element ``i`` of the value is computed from elements ``i`` of the inputs."""
     packet = _packet(node)
-    return packet in _SAME_POSITIONS | _COPIES or (is_pointwise(node) and packet not in _INDEXING)
+    if packet in _SAME_POSITIONS or packet in _COPIES:
+        return True
+    return packet not in _INDEXING and node in pointwise
 
 
 def _packet(node: Node) -> Any:

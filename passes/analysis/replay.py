@@ -3,7 +3,8 @@
 The parts run the joint graph's nodes in its order:
 
     forward     what its results, and the values chosen to be saved or offloaded, are computed from
-    backward    what gradients are computed from, each recomputed value just before its first reader
+    backward    what gradients are computed from, each recomputed value just before its first reader, as
+                torch's partitioner arranges them
 
 and a buffer lives from the first node that makes it, or from the start of the part if it is given, to the
 last node that reads it, or to the end if it is handed on. That takes milliseconds for a graph of thousands
@@ -14,8 +15,10 @@ searches measures it once and reads the choice that is found properly.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import copy
+from collections.abc import Collection, Iterable, Sequence
 
+import numpy as np
 from torch.fx import GraphModule, Node
 
 from autodist.passes.analysis.budget import How
@@ -40,7 +43,7 @@ class Replay:
         backward: Collection[Node],
         fused: bool,
     ) -> None:
-        graph = [n for n in joint.graph.nodes if n.op != "output"]
+        graph = self.nodes = [n for n in joint.graph.nodes if n.op != "output"]
         place = {n: i for i, n in enumerate(graph)}
         stored = fuse(joint.graph).stored if fused else None
         self.inputs = [[place[u] for u in n.all_input_nodes] for n in graph]
@@ -48,6 +51,8 @@ class Replay:
         self.lasts = [self.given[i] and compat.placeholder_index(n) is not None for i, n in enumerate(graph)]
         self.is_stored = [stored is None or n in stored for n in graph]
         self.is_backward = [n in backward for n in graph]
+        tangents = {i for i, n in enumerate(graph) if n.op == "placeholder" and compat.is_tangent(n)}
+        self.reads_tangent = [not tangents.isdisjoint(inputs) for inputs in self.inputs]
         self.chosen = [place[n] for n in nodes]
         outputs: Sequence[object] = output_of(joint).args[0]  # type: ignore[assignment]
         self.results, self.gradients = (
@@ -55,91 +60,115 @@ class Replay:
             for found in (outputs[:num_outputs], outputs[num_outputs:])
         )
         same, number = shared_storages(joint.graph), dict[int, int]()
-        self.size: list[int] = []
+        sizes: list[int] = []
         self.buffers: list[list[int]] = []
         for i, node in enumerate(graph):
             mine = []
             for tensor in tensors(node):
                 key = same.get(compat.storage_key(tensor), compat.storage_key(tensor))
                 if key not in number:
-                    number[key] = len(self.size)
+                    number[key] = len(sizes)
                     held = compat.size_hint(tensor.untyped_storage().nbytes())
-                    self.size.append(held if self.is_stored[i] or self.given[i] else 0)
+                    sizes.append(held if self.is_stored[i] or self.given[i] else 0)
                 mine.append(number[key])
             self.buffers.append(mine)
+        self.sizes = np.array(sizes, dtype=np.int64)
+
+    def resized(self, sizes: np.ndarray) -> Replay:
+        """The same program with other ``sizes`` of its buffers."""
+        other = copy.copy(self)
+        other.sizes = sizes
+        return other
 
     def peak(self, how: Sequence[How]) -> int:
         """Bytes that the parts hold at the most when ``how`` becomes of the nodes."""
-        kept = {i for i, h in zip(self.chosen, how, strict=True) if h in (How.SAVE, How.OFFLOAD)}
+        return int(self.held(how).max(initial=0))
+
+    def held(self, how: Sequence[How]) -> np.ndarray:
+        """Bytes that are held at each point of the parts: sums of ``sizes``, also where these are rows."""
+        kept = self.kept(how)
         moved = {i for i, h in zip(self.chosen, how, strict=True) if h is How.OFFLOAD}
-        return max(self._forward(kept, moved), self._backward(kept, moved))
+        forward = self._held(self.forward(kept), set(), (kept | set(self.results)) - moved, True)
+        backward = self._held(self.backward(kept, moved), kept - moved, set(self.gradients), False)
+        return np.concatenate([forward, backward])
 
-    def _forward(self, kept: set[int], moved: set[int]) -> int:
-        ends = kept | set(self.results)
-        needed = [i in ends for i in range(len(self.inputs))]
-        for i in reversed(range(len(needed))):
-            if needed[i]:
-                for u in self.inputs[i]:
-                    needed[u] = True
-        order = [i for i, n in enumerate(needed) if (n or self.given[i]) and not self.is_backward[i]]
-        return self._held(order, set(), ends - moved, True)
+    def kept(self, how: Sequence[How]) -> set[int]:
+        """The nodes whose values are saved or offloaded, by their numbers."""
+        return {i for i, h in zip(self.chosen, how, strict=True) if h in (How.SAVE, How.OFFLOAD)}
 
-    def _backward(self, kept: set[int], moved: set[int]) -> int:
+    def forward(self, kept: set[int]) -> list[int]:
+        """The nodes of the forward part, in order, its inputs among them."""
+        needed = self._needed(kept | set(self.results), set())
+        return [i for i, n in enumerate(needed) if (n or self.given[i]) and not self.is_backward[i]]
+
+    def backward(self, kept: set[int], moved: Collection[int] = ()) -> list[int]:
+        """The nodes of the backward part, in order: what it is given first, then from the first that reads a
+        tangent on each after what it needs that has not been made. Those ``moved`` come back when needed."""
+        needed = self._needed(self.gradients, kept)
+        order = [i for i, n in enumerate(needed) if n and (self.given[i] or i in kept) and i not in moved]
+        done = bytearray(len(needed))
+        for i in order:
+            done[i] = 1
+        wanted = [i for i, n in enumerate(needed) if n and not done[i]]
+        first = next((k for k, i in enumerate(wanted) if self.reads_tangent[i]), 0)
+        for i in wanted[first:]:
+            if not done[i]:
+                self._run([i], moved, done, order)
+        self._run(self.gradients, moved, done, order)
+        return order
+
+    def _needed(self, ends: Iterable[int], kept: set[int]) -> list[bool]:
+        """What ``ends`` are computed from, as far as what is ``kept``."""
         needed = [False] * len(self.inputs)
-        for i in self.gradients:
+        for i in ends:
             needed[i] = True
         for i in reversed(range(len(needed))):
             if needed[i] and i not in kept:
                 for u in self.inputs[i]:
                     needed[u] = True
-        order: list[int] = []
-        done: set[int] = set()
-        for i, wanted in enumerate(needed):
-            if wanted and self.is_backward[i]:
-                self._run(i, kept, done, order)
-        for i in self.gradients:
-            self._run(i, kept, done, order)
-        return self._held(order, kept - moved, set(self.gradients), False)
+        return needed
 
-    def _run(self, node: int, kept: set[int], done: set[int], order: list[int]) -> None:
-        """``node`` after what it needs that has not been made."""
-        stack = [node]
-        while stack:
-            i = stack[-1]
-            missing = [] if i in kept or i in done else [u for u in self.inputs[i] if u not in done]
-            if missing:
-                stack += reversed(missing)
-                continue
-            stack.pop()
-            if i not in done:
-                done.add(i)
+    def _run(self, nodes: list[int], moved: Collection[int], done: bytearray, order: list[int]) -> None:
+        """Append what is not ``done`` of ``nodes`` and all that they are computed from, in order."""
+        missing, frontier = set[int](), set(nodes)
+        while frontier:
+            missing |= frontier
+            made = (i for i in frontier if i not in moved)
+            frontier = {u for i in made for u in self.inputs[i] if not done[u] and u not in missing}
+        for i in sorted(missing):
+            if not done[i]:
+                done[i] = 1
                 order.append(i)
 
-    def _held(self, order: list[int], early: set[int], ends: set[int], forward: bool) -> int:
-        """The most that is alive while ``order`` runs; inputs and ``early`` values are there before it."""
-        end = len(order)
-        last = dict[int, int]()
+    def _held(self, order: list[int], early: set[int], ends: set[int], forward: bool) -> np.ndarray:
+        """What is alive while ``order`` runs; inputs and ``early`` values are there before it."""
+        end, count = len(order), len(self.sizes)
+        last = [-1] * len(self.inputs)
         for at in reversed(range(end)):
             i = order[at]
-            read = last.setdefault(i, at)
+            if last[i] < 0:
+                last[i] = at
             # What is not stored is computed where it is read, and what it reads must live as long.
-            until = at if self.is_stored[i] or not self.buffers[i] else read
+            until = at if self.is_stored[i] or not self.buffers[i] else last[i]
             if i not in early:
                 for u in self.inputs[i]:
-                    last[u] = max(last.get(u, 0), until)
-        born, dies = dict[int, int](), dict[int, int]()
+                    if last[u] < until:
+                        last[u] = until
+        born, dies = [end] * count, [-1] * count
         for at, i in enumerate(order):
             until = end if i in ends or self.lasts[i] or (forward and self.given[i]) else last[i]
             start = 0 if self.given[i] or i in early else at
             for b in self.buffers[i]:
-                born[b] = min(born.get(b, start), start)
-                dies[b] = max(dies.get(b, 0), until)
-        change = [0] * (end + 2)
-        for b, start in born.items():
-            change[start] += self.size[b]
-            change[dies[b] + 1] -= self.size[b]
-        peak = total = 0
-        for step in change:
-            total += step
-            peak = max(peak, total)
-        return peak
+                if start < born[b]:
+                    born[b] = start
+                if until > dies[b]:
+                    dies[b] = until
+        starts, stops = np.array(born), np.array(dies) + 1
+        lives = stops > 0
+        change = np.zeros((end + 2, *self.sizes.shape[1:]), dtype=self.sizes.dtype)
+        np.add.at(change, starts[lives], self.sizes[lives])
+        np.subtract.at(change, stops[lives], self.sizes[lives])
+        return change.cumsum(axis=0)
+
+
+__all__ = ["Replay"]

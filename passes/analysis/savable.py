@@ -30,12 +30,13 @@ from torch.fx import GraphModule, Node
 
 from autodist.passes.analysis.budget import Value
 from autodist.passes.analysis.cost import (
+    Work,
     collective_seconds,
     flops,
     is_blocking_collective,
     is_collective_start,
     is_wait,
-    node_seconds,
+    node_work,
 )
 from autodist.passes.analysis.fusion import is_fusible, is_view
 from autodist.passes.analysis.hardware import Hardware
@@ -64,12 +65,14 @@ class Savable:
     """Candidates, inputs first: ``nodes`` of the joint graph, and for each its :class:`Value`.
 
     ``results`` are positions of those that the forward's own results are computed from; the others (the
-    derivative of an activation at its input, say) are for the backward alone.
+    derivative of an activation at its input, say) are for the backward alone. ``again`` is the work that
+    computing each a second time is, None where that is ruled out.
     """
 
     nodes: tuple[Node, ...]
     values: tuple[Value, ...]
     results: tuple[int, ...]
+    again: tuple[Work | None, ...]
 
 
 def savable(joint: GraphModule, num_outputs: int, rules: Rules, hardware: Hardware) -> Savable:
@@ -93,21 +96,24 @@ def savable(joint: GraphModule, num_outputs: int, rules: Rules, hardware: Hardwa
     nodes = tuple(n for n in joint.graph.nodes if n in wanted)
     position = {n: i for i, n in enumerate(nodes)}
     values: list[Value] = []
+    works: list[Work | None] = []
     possible: list[bool] = []
     for node in nodes:
         inputs = tuple(dict.fromkeys(position[u] for u in node.all_input_nodes if u in position))
         again, save = _recompute(node, rules, hardware), _save(node, rules, hardware)
-        can = math.isfinite(again) and all(possible[u] for u in inputs)
+        can = again is not None and all(possible[u] for u in inputs)
         if not can and math.isinf(save) and _has_memory(node):  # drawn inside of a checkpoint, say
             save = _write_and_read(node, hardware)
-        again = again if can else math.inf
+        works.append(again if can else None)
+        seconds = again.seconds(hardware) if again is not None and can else math.inf
         possible.append(can or math.isfinite(save))
         is_tensor = isinstance(node.meta["val"], torch.Tensor)
         host = _offload(node, rules, hardware) if math.isfinite(save) else math.inf
         size = num_bytes(node) if is_tensor else 0
-        values.append(Value(node.name, size, inputs, node in needed and is_tensor, again, save, host))
+        values.append(Value(node.name, size, inputs, node in needed and is_tensor, seconds, save, host))
     forward = _sources(joint, {n for n in outputs[:num_outputs] if isinstance(n, Node)}, lambda node: True)
-    return Savable(nodes, tuple(values), tuple(i for i, n in enumerate(nodes) if n in forward))
+    own = tuple(i for i, n in enumerate(nodes) if n in forward)
+    return Savable(nodes, tuple(values), own, tuple(works))
 
 
 def _sources(joint: GraphModule, nodes: set[Node], among: Callable[[Node], bool]) -> set[Node]:
@@ -135,19 +141,19 @@ def is_number(node: Node) -> bool:
     return isinstance(node.meta.get("val"), _NUMBERS)
 
 
-def _recompute(node: Node, rules: Rules, hardware: Hardware) -> float:
+def _recompute(node: Node, rules: Rules, hardware: Hardware) -> Work | None:
     if node.op == "placeholder" or compat.checkpoint_saves(node) or compat.must_be_in_forward(node):
-        return math.inf
+        return None
     if node.target in READS:
-        return math.inf if rules.keep_weights else _gather_seconds(node, rules, hardware)
+        return None if rules.keep_weights else Work(fixed=_gather_seconds(node, rules, hardware))
     if node.target is operator.getitem or is_view(node):
-        return 0.0
+        return Work()
     if _happens_once(node):
-        return math.inf
+        return None
     if flops(node) or not is_fusible(node):
-        return node_seconds(node, hardware)
+        return node_work(node, hardware)
     read = sum(num_bytes(n) for n in node.all_input_nodes if not is_fusible(n))
-    return 0.25 * (read + num_bytes(node)) / hardware.memory_bandwidth
+    return Work(moved=0.25 * (read + num_bytes(node)))
 
 
 def _happens_once(node: Node) -> bool:
