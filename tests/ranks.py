@@ -98,7 +98,7 @@ def run_ranks(
     ``function`` must be importable (module level). Raises :class:`RankFailed` with the tracebacks of the
     ranks that raised, died, or did not finish within ``seconds``, or soon after another had failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a store may still write
         workers = _pool(world_size)
         for _, pipe in workers:
             pipe.send((os.path.join(folder, "store"), function, args, seconds))
