@@ -35,6 +35,7 @@ from torch.fx import GraphModule, Node
 
 from autodist.compiler import Compilation, CompiledStep, GraphReport, compile_piece
 from autodist.job import Job, start_job
+from autodist.passes.analysis.cost import is_collective_start
 from autodist.passes.base import Phase, StepError
 from autodist.passes.capture import core_of, functional
 from autodist.passes.graph import num_bytes, where
@@ -361,7 +362,14 @@ class StepPipelines:
         """The step of the whole model, the same on all ranks of the pipeline."""
         with self._watch("telling what there is of a step's state"):
             self._whole = of_all_places(state, self.job)
-        return capture(function, arguments, self._whole, {}, AsIfHere(self.job.stages[self.job.place]))
+        captured = capture(function, arguments, self._whole, {}, AsIfHere(self.job.stages[self.job.place]))
+        # DTensor remembers what it did on a mesh of the same ranks, another job's perhaps, with groups of its
+        # own. Here there is one mesh, that of this rank's stages.
+        for node in captured.graph.graph.nodes:
+            if is_collective_start(node):
+                node.args = (*node.args[:-1], self.job.stage.group)
+        captured.graph.recompile()
+        return captured
 
     def compile(
         self, captured: Captured, state: State, tensors: Sequence[Tensor]

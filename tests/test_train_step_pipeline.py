@@ -85,19 +85,14 @@ def trained(layers: int, tied: bool, steps: int, options: dict[str, Any]) -> Non
     assert 0 < held < len(dict(reference.named_parameters()))
 
 
-def all_trained(plans: Sequence[tuple[int, bool, int, dict[str, Any]]]) -> None:
-    for plan in plans:
-        trained(*plan)
+def on_two_ranks() -> None:
+    trained(2, True, 5, {})
+    trained(1, False, 5, {"schedule": "zero-bubble"})
 
 
 @pytest.mark.distributed
 def test_a_pipeline() -> None:
-    run_ranks(all_trained, 2, [(2, True, 5, {}), (1, False, 5, {"schedule": "zero-bubble"})], seconds=600)
-
-
-@pytest.mark.distributed
-def test_beside_data_and_sequence_parallelism() -> None:
-    run_ranks(all_trained, 4, [(1, True, 5, {"zero": 3}), (1, False, 3, {"sp": 2, "zero": 1})], seconds=600)
+    run_ranks(on_two_ranks, 2, seconds=600)
 
 
 # --- what a step may do ----------------------------------------------------------------------------------
@@ -229,26 +224,33 @@ def mean_of(model: nn.Module, optimizer: Any, batches: Sequence[Tensor]) -> Tens
     return loss.detach() * batches[0].shape[0]  # type: ignore[union-attr]
 
 
-def uneven() -> int:
-    """A replica whose batch changes makes a program for it, and the other waits for nobody; how many there
-    are here."""
+def replicas(zero: int, rows: Sequence[int]) -> int:
+    """Two pipelines, the second with batches of so many ``rows``; how many programs there are here."""
     fresh()
     torch.manual_seed(0)
     model = Net()
     reference = copy.deepcopy(model)
     (optimizer,), (other,) = with_adam(model), with_adam(reference)
-    step = autodist.train_step(plan={**EAGER, "pp": 2, "zero": 1})(mean_of)
-    for number in range(5):
-        batches = [x_of(number, 8), x_of(number + 50, 8 if number < 3 else 5)]
-        step(model, optimizer, [batches[dist.get_rank() // 2]])
+    step = autodist.train_step(plan={**EAGER, "pp": 2, "zero": zero})(mean_of)
+    for number, size in enumerate(rows):
+        batches = [x_of(number, 8), x_of(number + 50, size)]
+        mine = [batches[dist.get_rank() // 2]]
+        step(model, optimizer, mine)
         mean_of(reference, other, batches)
+    assert step.verify(model, optimizer, mine).passed
     check(model, reference, "parameter", 1e-4)
     return len(step.programs)
 
 
+def beside() -> tuple[int, int]:
+    """A replica whose batch changes makes a program for it, and the other waits for nobody."""
+    trained(1, True, 3, {"sp": 2, "zero": 3})
+    return replicas(3, [8] * 5), replicas(1, [8, 8, 8, 5, 5])
+
+
 @pytest.mark.distributed
-def test_replicas_of_uneven_batches() -> None:
-    assert run_ranks(uneven, 4) == [1, 1, 2, 2]
+def test_beside_data_and_sequence_parallelism() -> None:
+    assert run_ranks(beside, 4, seconds=600) == [(1, 1), (1, 1), (1, 2), (1, 2)]
 
 
 @pytest.mark.distributed
