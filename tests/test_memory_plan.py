@@ -112,7 +112,9 @@ def said_least(error: Exception) -> int:
     return int(float(found[1]) * (MIB if found[2] == "M" else 2**10))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.thorough) if n in ("gpt2", "bert") else n for n in MODELS]
+)
 def test_any_memory_is_kept_or_refused(name: str) -> None:
     run = Run(CASES[name].build(), MODELS[name]())
     unplanned = run.peak(**EAGER)
@@ -208,6 +210,7 @@ def test_inductors_program_is_read_and_guessed(
         assert miss < 0.1 or "were guessed" in caplog.text, miss
 
 
+@pytest.mark.thorough
 def test_logits_are_returned_where_they_fit_and_withheld_where_not() -> None:
     """An unmodified Hugging Face model, that returns logits beside its loss."""
     torch.manual_seed(0)
