@@ -151,6 +151,7 @@ class Job:
     def share(self, places: Iterable[tuple[int, ...]]) -> None:
         """Make the groups that sum gradients of parameters with several owners; called alike on all ranks."""
         for owners in sorted({p for p in places if len(p) > 1} - self.shared_groups.keys()):
+            self.shared_groups[owners] = None  # known also where this rank is in none of them
             for ranks in zip(*(self.stages[p].mesh.tolist() for p in owners), strict=True):
                 group = dist.new_group(list(ranks))
                 if dist.get_rank() in ranks:

@@ -392,11 +392,11 @@ def _chosen(
         return choose_with(tries[-1])
 
     def choose_with(held: Mapping[str, set[int]] | None) -> str:
-        if held is not None and job.cut is not None:
+        if held and job.cut is not None:
             with contextlib.suppress(StageError):  # another program than the one that was cut first, perhaps
                 again = priced(graph, inputs, job.cut.cuts, setting, owners=held)
                 return dataclasses.replace(again, why=job.cut.why).to_json()
-        if job.plan.cuts is not None and held is None:
+        if job.plan.cuts is not None and not held:
             return _given_cuts(job.plan.cuts, graph, inputs, setting)
         return partition(graph, inputs, job.plan.num_stages, setting, owners=held).to_json()
 
@@ -758,6 +758,9 @@ class CompiledPipeline:
     def withholds(self, index: int) -> bool:
         """Of results with rows, those of up to a number a token are sent to all ranks; larger ones follow
         the plan."""
+        late = self.cut.batch.late
+        if late is not None and index >= len(self.cut.shapes) - late.taken:
+            return False
         if index in self.cut.kept:
             return True
         whole = self.cut.shapes[index]

@@ -57,8 +57,9 @@ from autodist.prepare import check_same_plan, device_of, prepared_job, shard_mod
 from autodist.runtime import compat, dialect
 from autodist.runtime.agreement import graph_lines
 from autodist.runtime.exchange import Sent, exchange
-from autodist.runtime.parameters import adopt, plain_parameters
+from autodist.runtime.parameters import adopt, check_same, plain_parameters
 from autodist.runtime.stage_parameters import absent_like, is_here, note_owners, owners, place_of
+from autodist.stage_program import reads_of
 from autodist.step_capture import Captured, capture
 from autodist.step_layout import AsIfHere, Whole
 from autodist.step_state import Moment, State
@@ -72,7 +73,16 @@ def places_of_tensor(x: Tensor, job: Job) -> Places:
     """Where a tensor that a step is given lies: a plain one is on every rank."""
     if not isinstance(x, DTensor):
         return everywhere(job)
-    return frozenset(owners(x) or (place_of(x, job.stages),))
+    if owners(x):
+        return frozenset(owners(x))
+    place = place_of(x, job.stages)
+    if place is None:
+        raise StepError(
+            f"the step is given a DTensor of shape {tuple(x.shape)} on the mesh {x.device_mesh}, and in a "
+            "pipeline DTensors lie where a stage's parameters do. Pass a plain tensor, the same on all ranks "
+            "of the pipeline, or one that is made of a parameter."
+        )
+    return frozenset({place})
 
 
 def everywhere(job: Job) -> Places:
@@ -365,9 +375,17 @@ class StepPipelines:
         captured = capture(function, arguments, self._whole, {}, AsIfHere(self.job.stages[self.job.place]))
         # DTensor remembers what it did on a mesh of the same ranks, another job's perhaps, with groups of its
         # own. Here there is one mesh, that of this rank's stages.
+        mine = self.job.stage.group
         for node in captured.graph.graph.nodes:
             if is_collective_start(node):
-                node.args = (*node.args[:-1], self.job.stage.group)
+                ranks = compat.group_ranks(str(node.args[-1]))
+                if set(ranks) != set(compat.group_ranks(mine)):
+                    raise StepError(
+                        f"'{node.name}' ({where(node)}) communicates among ranks {sorted(ranks)}, and in a "
+                        "pipeline other ranks have other stages' part of a step. Communicate outside of the "
+                        "step."
+                    )
+                node.args = (*node.args[:-1], mine)
         captured.graph.recompile()
         return captured
 
@@ -608,7 +626,20 @@ class _Running:
                 found[i].append(reading)
         return found
 
+    def _check_alike(self) -> None:
+        """Replicas reduce gradients once a loss; where stages gather weights, once a microbatch."""
+        calls = [b for b in self.barriers if isinstance(b, _Call)]
+        counts = [c.compiled.cut.batch.count for c in calls]
+        stage, monitor = self.job.stage, self.job.monitor
+        if self.job.dry_run or stage.mesh is None or stage.mesh.size() == 1:
+            return
+        text = str(counts if reads_of(stage).in_program else len(counts))
+        doing = f"differentiates {len(counts)} losses, of {counts} microbatches,"
+        with contextlib.nullcontext() if monitor is None else monitor.guard("comparing numbers of losses"):
+            check_same(text, doing, stage.group, self.job.device)
+
     def __call__(self, *tensors: Tensor) -> list[Any]:
+        self._check_alike()
         values: dict[Reading, Any] = {r: tensors[i] for r, i in self.inputs.items()}
         for i, (part, compiled) in enumerate(zip(self.parts, self.compiled, strict=True)):
             if compiled is not None:

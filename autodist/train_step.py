@@ -206,7 +206,8 @@ class TrainStep:
         if self.plan.pp > 1:
             state = State.of(state.roots)
             self.job = shard_by_step(self.function, arguments, state, self.plan)
-            self._pipelines = self._pipelines or StepPipelines(self.job)
+            if self._pipelines is None or self._pipelines.job is not self.job:  # the step of other models
+                self._pipelines = StepPipelines(self.job)
             return
         for module in state.roots.modules:
             if self.job is None or num_ranks() > 1:

@@ -104,9 +104,9 @@ def is_here(parameter: DTensor) -> bool:
     return parameter.device_mesh.get_coordinate() is not None
 
 
-def place_of(tensor: DTensor, meshes: Sequence[DeviceMesh]) -> int:
-    """The place whose mesh, of those of all places, a DTensor lies on."""
-    return next(p for p, mesh in enumerate(meshes) if mesh == tensor.device_mesh)
+def place_of(tensor: DTensor, meshes: Sequence[DeviceMesh]) -> int | None:
+    """The place whose mesh, of those of all places, a DTensor lies on, if it lies on one."""
+    return next((p for p, mesh in enumerate(meshes) if mesh == tensor.device_mesh), None)
 
 
 def absent(value: Tensor, mesh: DeviceMesh, placement: Any) -> DTensor:

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 import autodist
 from autodist.runtime.outputs import DifferentBatchError
-from autodist.runtime.stage_parameters import is_here
+from autodist.runtime.stage_parameters import is_here, owners
 from tests.models import VOCAB
 from tests.parity import error
 from tests.ranks import run_ranks
@@ -253,6 +255,62 @@ def test_beside_data_and_sequence_parallelism() -> None:
     assert run_ranks(beside, 4, seconds=600) == [(1, 1), (1, 1), (1, 2), (1, 2)]
 
 
+def other_microbatches() -> str:
+    """The second pipeline's replica gets a shorter batch."""
+    try:
+        replicas(3, [8, 8, 5])
+    except Exception as found:
+        return f"{type(found).__name__}: {found}"
+    return "ran"
+
+
+@pytest.mark.distributed
+def test_replicas_that_make_other_microbatches_are_stopped() -> None:
+    for text in run_ranks(other_microbatches, 4):
+        assert re.match(r"MixedReadError: .*of \[[85]\] microbatches", text), text
+
+
+class Ends(nn.Module):
+    """The first layer's weight is the last's too."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(7, 7) for _ in range(6)])
+        if tied:
+            self.layers[5].weight = self.layers[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x.square().mean()
+
+
+def owners_and_others(cuts: str) -> None:
+    """One step, with models of other owners in turn; a group of all ranks can be made after it."""
+    fresh()
+    torch.manual_seed(0)
+    models = [Ends(tied=False), Ends()]
+    step = autodist.train_step(plan={**EAGER, "pp": 3, "cuts": cuts})(plain)
+    for model in models:
+        reference = copy.deepcopy(model)
+        given, wanted = with_sgd(model), with_sgd(reference)
+        for number in range(3):
+            found = step(model, *given, x_of(number))
+            assert error(found, plain(reference, *wanted, x_of(number))) < 1e-5
+        check(model, reference, "parameter", 1e-4)
+    assert owners(dict(models[1].named_parameters())["layers.0.weight"]) == (0, 2)
+    value = torch.ones(())
+    dist.all_reduce(value, group=dist.new_group([0, 1, 2]))
+    assert value == 3
+
+
+@pytest.mark.distributed
+def test_owners_that_leave_a_place_out(tmp_path: Path) -> None:
+    cuts = tmp_path / "cuts.json"
+    cuts.write_text('{"cuts": ["layers.2", "layers.4"]}')
+    run_ranks(owners_and_others, 3, str(cuts))
+
+
 @pytest.mark.distributed
 def test_what_a_step_may_do() -> None:
     run_ranks(possibilities, 2)
@@ -420,6 +478,12 @@ def out_of_order(model: Any, optimizer: Any, x: Tensor) -> None:
     y.square().mean().backward()
 
 
+def summed(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+    loss = model(x)
+    loss.backward()
+    return functional_collectives.all_reduce(loss.detach(), "sum", dist.group.WORLD)
+
+
 def no_backward(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
     return model(x).detach()
 
@@ -451,6 +515,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], Callable[..., Any], str]] = [
     (Net, drawing, r"StepError: .*in drawing.*draws random numbers outside of the forward"),
     (Net, out_of_order, r"StepError: the loss .*out_of_order.*of a loss that is differentiated later"),
     (Net, of_logits, r"StepError: the step asks for what only sharded tensors have .*'full_tensor'"),
+    (Net, summed, r"StepError: .*in summed.*communicates among ranks \[0, 1\]"),
     (Net, no_backward, r"StepError: the step calls no backward"),
     (Net, normalised, r"PlacementError: .*in normalised.*microbatches"),
 ]
@@ -476,6 +541,9 @@ def refused() -> list[str]:
     step(model, *with_sgd(model), x_of(0))
     with pytest.raises(DifferentBatchError):
         step(model, *with_sgd(model), x_of(dist.get_rank()))
+    mesh = dist.init_device_mesh("cpu", (2,))
+    with pytest.raises(autodist.StepError, match=r"DTensor of shape .* on the mesh"):
+        step(model, *with_sgd(model), distribute_tensor(x_of(0), mesh, [Replicate()]))
     return found
 
 

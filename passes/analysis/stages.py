@@ -261,7 +261,8 @@ def _before_module(chain: Chain, name: str) -> int | None:
         if mine:
             before = max((i + 1 for i, other in enumerate(own) if other), default=0)
             room = [b for b in range(before, position + 1) if b not in chain.closed]
-            return min(room, key=lambda b: sum(num_bytes(c.node) for c in chain.crossing(b)))
+            crossing = {b: sum(num_bytes(c.node) for c in chain.crossing(b)) for b in room}
+            return min(crossing, key=crossing.__getitem__, default=position)
         own.append(bool(names))
     return None
 
