@@ -46,6 +46,7 @@ def found() -> list[Length]:
     return tried("1MiB", 1024)
 
 
+@pytest.mark.thorough
 def test_the_answer_lies_between_what_fits_and_what_does_not(found: list[Length]) -> None:
     fits, fails = ([f.length for f in found if f.fits is kind] for kind in (True, False))
     assert max(fits) < min(fails) <= max(fits) + max(fits) // 16 + 1
@@ -53,6 +54,7 @@ def test_the_answer_lies_between_what_fits_and_what_does_not(found: list[Length]
     assert all(f.needed > 2**20 for f in found if not f.fits)
 
 
+@pytest.mark.thorough
 def test_choices_change_on_the_way(found: list[Length]) -> None:
     by_length = sorted((f for f in found if f.fits), key=lambda f: f.length)
     assert by_length[0].made != by_length[-1].made
@@ -106,6 +108,7 @@ def test_without_a_bound() -> None:
         tried(None, 16)
 
 
+@pytest.mark.thorough
 def test_the_table(found: list[Length], tmp_path: Path) -> None:
     with (tmp_path / "out").open("w") as file:
         show_lengths(Console(file=file, width=160), found)

@@ -630,11 +630,14 @@ def fails() -> str:
     compiled(x).backward()
     with pytest.raises(StageGradientError):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    pipeline._compile = wrong if dist.get_rank() == 1 else pipeline._compile  # type: ignore[assignment]
+    right = pipeline._compile
+    pipeline._compile = wrong if dist.get_rank() == 1 else right  # type: ignore[assignment]
     try:
         compiled(torch.randn(6, 6))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        pipeline._compile = right  # workers are kept between tests
     return "ran"
 
 
