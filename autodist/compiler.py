@@ -20,7 +20,6 @@ Before a graph's first collective all ranks have compared what they are about to
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -858,7 +857,7 @@ def _at_the_border(
 
     def call(*arguments: Any) -> Any:
         if batch is not None:
-            with contextlib.nullcontext() if job.monitor is None else job.monitor.guard("comparing batches"):
+            with job.watch("comparing batches"):
                 batch.check(arguments)
         results = compiled(*map(plain_tensor, arguments))
         return type(results)(_handed_out(results, kept, unmade, arguments, job)) if changed else results

@@ -11,7 +11,7 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -196,6 +196,10 @@ class Job:
         """Tell the other ranks, should they ask, what this one is doing."""
         if self.monitor is not None:
             self.monitor.at(doing)
+
+    def watch(self, doing: str) -> AbstractContextManager[None]:
+        """Say for the time of a collective what this rank waits for."""
+        return nullcontext() if self.monitor is None else self.monitor.guard(doing)
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:

@@ -106,9 +106,7 @@ def captured(graph: GraphModule, inputs: Sequence[Any], names: Mapping[int, str]
     """``names`` are those of the program's inputs that are parameters. Raises :class:`PipelineError`."""
     run_passes(graph, [RefuseWeightWrites()], Compilation.plain_context(job, names), [])
     core = core_of(graph)
-    own = {n.name: i for i, n in enumerate(graph.graph.find_nodes(op="placeholder"))}
-    sources = [n if n.op == "placeholder" else n.args[0] for n in core.inputs]
-    places = tuple(own[s.name] for s in sources)  # type: ignore[union-attr]
+    places = core.places(graph)
     held = _buffers(job)
     parameters = {i: names[p] for i, p in enumerate(places) if p in names}
     buffers = frozenset(i for i, p in enumerate(places) if id(inputs[p]) in held)
@@ -185,7 +183,7 @@ def _cut(
     weights = {placeholders[i].name for i in (*program.parameters, *program.buffers)}
     made = microbatch(graph, fakes, weights, _microbatches(job), compat.mesh_group_name(job.pipeline))
     _note_numbers(made.graph, fakes)
-    shapes = _shapes(graph) + _shapes(made.graph)[len(_shapes(graph)) :]
+    shapes = _shapes(graph) + _shapes(made.graph)[made.num_outputs :]
     loss = _loss_of(made, program) if program.trains else None
     _detach_others(made.graph, loss)
     returned = _as_captured(made.graph, program)
@@ -270,8 +268,8 @@ def _loss_of(made: Microbatch, program: Captured) -> int:
     weights = {inputs[i] for i in program.parameters if i not in program.frozen}
     differentiable = _differentiable(made.graph, weights)
     outputs: Sequence[Any] = output_of(made.graph).args[0]  # type: ignore[assignment]
-    own = len(outputs) - (0 if made.late is None else made.late.taken)
-    for index, (node, result) in enumerate(zip(outputs[:own], made.results, strict=False)):
+    own = zip(outputs[: made.num_outputs], made.results, strict=False)
+    for index, (node, result) in enumerate(own):
         if program.loss not in (None, index):
             continue
         value = node.meta.get("val") if isinstance(node, Node) else None
@@ -344,13 +342,8 @@ def _as_captured(graph: GraphModule, program: Captured) -> GraphModule:
 
 def _names(core: Core, one: GraphModule) -> dict[str, int]:
     """Names of the cut program's inputs, and their numbers among the microbatch program's."""
-    own = {n.name: i for i, n in enumerate(one.graph.find_nodes(op="placeholder"))}
     mine = core.graph.graph.find_nodes(op="placeholder")
-    found = {}
-    for node, placeholder in zip(core.inputs, mine, strict=True):
-        source = node if node.op == "placeholder" else node.args[0]
-        found[placeholder.name] = own[source.name]  # type: ignore[union-attr]
-    return found
+    return {n.name: i for n, i in zip(mine, core.places(one), strict=True)}
 
 
 def _inputs(core: Core, names: Mapping[str, int], made: Microbatch, program: Captured) -> Inputs:
@@ -463,7 +456,7 @@ class Pipeline:
                 self.others[job.number] = Pipeline(self.program, job, self.parameters_in(values))
             return self.others[job.number](*arguments)
         mine = [values[i] for i in self.program.batch]
-        with self._watch("comparing batches"):
+        with self.job.watch("comparing batches"):
             self.same_batch.check(mine)
         if self.program.trains:
             _refuse_inputs_with_gradients(mine)
@@ -491,11 +484,8 @@ class Pipeline:
         _, count = parts_of(rows, _microbatches(self.job))
         text = f"{count} {'with' if self.program.trains else 'without'} gradients"
         doing = f"makes its batch of {rows} rows in {count} microbatches"
-        with self._watch("comparing numbers of microbatches"):
+        with self.job.watch("comparing numbers of microbatches"):
             check_same(text, doing, self.job.stage.group, self.job.device)
-
-    def _watch(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.job.monitor is None else self.job.monitor.guard(doing)
 
 
 def _refuse_inputs_with_gradients(values: Sequence[Any]) -> None:
@@ -758,8 +748,7 @@ class CompiledPipeline:
     def withholds(self, index: int) -> bool:
         """Of results with rows, those of up to a number a token are sent to all ranks; larger ones follow
         the plan."""
-        late = self.cut.batch.late
-        if late is not None and index >= len(self.cut.shapes) - late.taken:
+        if index >= self.cut.batch.num_outputs:
             return False
         if index in self.cut.kept:
             return True

@@ -209,9 +209,7 @@ def _program(step: _Step, number: int, names: Sequence[str], buffers: range) -> 
     program = program_of(step.graph, region)
     returned = frozenset(returned_outputs(region))
     core = dataclasses.replace(core_of(program), policies=step.captured.policies)
-    own = {n.name: i for i, n in enumerate(program.graph.find_nodes(op="placeholder"))}
-    sources = [n if n.op == "placeholder" else n.args[0] for n in core.inputs]
-    places = tuple(own[s.name] for s in sources)  # type: ignore[union-attr]
+    places = core.places(program)
     given = [region.inputs[p] for p in places]
     leaves = set(region.leaves)
     return Program(
@@ -359,7 +357,7 @@ class StepPipelines:
         of each program whether it does on this one."""
         recent = fits[-_COMPARED:]
         mine = torch.tensor([sum(1 << i for i, fit in enumerate(recent) if fit)])
-        with self._watch("comparing which program of a step it is"):
+        with self.job.watch("comparing which program of a step it is"):
             shared, *others = dialect.all_gather_now(mine.to(self.job.device), self.group).tolist()
         for bits in others:
             shared &= bits
@@ -370,7 +368,7 @@ class StepPipelines:
         self, function: Callable[..., Any], arguments: tuple[tuple[Any, ...], dict[str, Any]], state: State
     ) -> Captured:
         """The step of the whole model, the same on all ranks of the pipeline."""
-        with self._watch("telling what there is of a step's state"):
+        with self.job.watch("telling what there is of a step's state"):
             self._whole = of_all_places(state, self.job)
         captured = capture(function, arguments, self._whole, {}, AsIfHere(self.job.stages[self.job.place]))
         # DTensor remembers what it did on a mesh of the same ranks, another job's perhaps, with groups of its
@@ -411,9 +409,6 @@ class StepPipelines:
         job = self.job
         with job.failing_together(), job.stage.failing_together(), job.line.failing_together():
             yield
-
-    def _watch(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.job.monitor is None else self.job.monitor.guard(doing)
 
 
 class _Compiler:
@@ -630,12 +625,12 @@ class _Running:
         """Replicas reduce gradients once a loss; where stages gather weights, once a microbatch."""
         calls = [b for b in self.barriers if isinstance(b, _Call)]
         counts = [c.compiled.cut.batch.count for c in calls]
-        stage, monitor = self.job.stage, self.job.monitor
+        stage = self.job.stage
         if self.job.dry_run or stage.mesh is None or stage.mesh.size() == 1:
             return
         text = str(counts if reads_of(stage).in_program else len(counts))
         doing = f"differentiates {len(counts)} losses, of {counts} microbatches,"
-        with contextlib.nullcontext() if monitor is None else monitor.guard("comparing numbers of losses"):
+        with self.job.watch("comparing numbers of losses"):
             check_same(text, doing, stage.group, self.job.device)
 
     def __call__(self, *tensors: Tensor) -> list[Any]:
@@ -658,8 +653,7 @@ class _Running:
         mine = {
             k: values[node, False] for k, (node, sent) in enumerate(barrier) if sent.place == self.job.place
         }
-        monitor = self.job.monitor
-        with contextlib.nullcontext() if monitor is None else monitor.guard("an exchange between stages"):
+        with self.job.watch("an exchange between stages"):
             found = exchange([sent for _, sent in barrier], mine, self.group, self.job.device)
         values.update(((node, True), value) for (node, _), value in zip(barrier, found, strict=True))
 

@@ -68,6 +68,12 @@ class Core:
         known = (p.name for n, p, x in mine if at.get(n) in positions or isinstance(x, torch.nn.Parameter))
         return self.weights.union(known)
 
+    def places(self, captured: GraphModule) -> tuple[int, ...]:
+        """Where among the inputs of ``captured``, whose core this is, each of the core's comes from."""
+        own = {n.name: i for i, n in enumerate(captured.graph.find_nodes(op="placeholder"))}
+        sources = (n if n.op == "placeholder" else n.args[0] for n in self.inputs)
+        return tuple(own[s.name] for s in sources)  # type: ignore[union-attr]
+
     def trace(self, function: Callable[..., Any]) -> GraphModule:
         """Trace ``function``, called with the core's inputs, to ATen before autograd."""
         return _trace(function, self.fakes)

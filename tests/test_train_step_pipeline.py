@@ -28,6 +28,7 @@ from tests.parity import error
 from tests.ranks import run_ranks
 from tests.sequence import fresh
 from tests.test_pipeline import batch, check
+from tests.test_train_step import by_flag
 
 EAGER: dict[str, Any] = {"lowering": "eager"}
 
@@ -166,15 +167,6 @@ def plain(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
-
-
-def by_flag(model: nn.Module, optimizer: Any, x: Tensor, last: bool) -> dict[str, Any]:
-    loss = model(x)
-    loss.backward()
-    if last:
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"loss": loss.detach(), "last": last}
 
 
 def in_a_loop(model: nn.Module, optimizer: Any, parts: Sequence[Tensor]) -> Tensor:

@@ -246,12 +246,16 @@ class Microbatch:
     results: tuple[Result, ...]
     late: Late | None = None
 
+    @property
+    def num_outputs(self) -> int:
+        """How many of the results are the whole program's outputs; ``late`` takes the others."""
+        return len(self.results) - (0 if self.late is None else self.late.taken)
+
     def finished(self, results: Sequence[Any]) -> list[Any]:
         """What the whole program returns, from the combined ``results``."""
         if self.late is None:
             return list(results)
-        own = len(results) - self.late.taken
-        found, made = list(results[:own]), self.late.graph(*results[own:])
+        found, made = list(results[: self.num_outputs]), self.late.graph(*results[self.num_outputs :])
         for place, value in zip(self.late.places, made, strict=True):
             found[place] = value
         return found
